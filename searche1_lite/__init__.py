@@ -1,0 +1,7 @@
+"""searche1-lite: a search agent that improves itself, on one consumer GPU.
+
+GRPO and offline self-distillation (OFSD) in turn update one LoRA adapter over a 4-bit base model; the search engine is
+BM25 through Pyserini. Importing this package is instant: nothing heavy is loaded until a command needs it.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,166 @@
+"""The command line: wiring only. Heavy imports happen inside the commands, so that `--help` is instant."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from searche1_lite.errors import UserError
+
+app = typer.Typer(
+    help="A search agent that improves itself: GRPO and offline self-distillation over one LoRA adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Preset = Annotated[str | None, typer.Option(help="A shipped configuration, such as demo.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="A YAML file, merged over the preset.")]
+Adapter = Annotated[Path | None, typer.Option(help="An adapter folder, such as runs/demo/checkpoints/round2.ofsd.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings, such as grpo.steps=20 seed=1.", metavar="KEY=VALUE")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; default: runs/PRESET.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in --out.")] = False,
+) -> None:
+    """Train: rounds of GRPO and OFSD. Example: searche1-lite train --preset demo --out runs/demo"""
+    from searche1_lite.config import load_config
+
+    settings = load_config(preset, config, overrides or [])
+    folder_path = out or Path("runs") / (preset or (config.stem if config else "default"))
+    _quieten()
+    from searche1_lite.checkpoint import RunFolder
+    from searche1_lite.console import RichTasks, stage_table
+    from searche1_lite.evolve import run
+
+    folder = RunFolder(folder_path, settings, resume)
+    try:
+        summary = run(settings, folder, RichTasks())
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; finished stages are kept, go on with --resume --out {folder_path}", err=True)
+        raise typer.Exit(130) from None
+    from rich.console import Console
+
+    Console().print(stage_table(summary))
+    typer.echo(f"run: {folder_path}", err=True)
+
+
+@app.command("eval")
+def eval_command(
+    overrides: Overrides = None,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    adapter: Adapter = None,
+    data: Annotated[str | None, typer.Option(help="demo, demo:dev, or a JSONL file of questions.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="A seeded subset of this size; 0: all.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate an adapter, greedily. Example: searche1-lite eval --preset demo --data demo:dev"""
+    from searche1_lite.config import load_config
+
+    settings = load_config(preset, config, overrides or [])
+    from searche1_lite.benchmarks import load_questions
+
+    name = data or settings.data.evaluation
+    questions = load_questions(name, "test", limit or settings.data.evaluation_limit, settings.seed)
+    _quieten()
+    from searche1_lite.console import RichTasks
+    from searche1_lite.evaluate import evaluate
+    from searche1_lite.evolve import Run
+
+    work = Run(settings, RichTasks(), adapter)
+    trajectories = work.answer("evaluate", questions, 1, (settings.seed, "evaluate"), greedy=True)
+    result = evaluate(trajectories, settings.seed) | {
+        "retriever": work.retriever.name,
+        "model": settings.model.name,
+        "adapter": str(adapter) if adapter else None,
+        "data": name,
+    }
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        for key, value in result.items():
+            typer.echo(f"{key:24} {round(value, 4) if isinstance(value, float) else value}")
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to answer.")],
+    preset: Preset = None,
+    config: ConfigFile = None,
+    adapter: Adapter = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one question. Example: searche1-lite ask --preset demo "What is the mayor of Port Tero?\""""
+    from searche1_lite.config import load_config
+
+    settings = load_config(preset, config)
+    if not question.strip():
+        raise UserError("the question is empty; write one")
+    _quieten()
+    from searche1_lite.ask import ask as answer_question
+    from searche1_lite.console import RichTasks
+    from searche1_lite.evolve import Run
+
+    result = answer_question(Run(settings, RichTasks(quiet=True), adapter), question)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for search in result["searches"]:
+        typer.echo(
+            f"searched {search['query']!r}: {', '.join(p['title'] for p in search['passages']) or 'nothing'}", err=True
+        )
+    typer.echo(result["answer"] if result["answer"] is not None else f"no answer found (stopped: {result['stopped']})")
+
+
+@app.command()
+def index(
+    corpus: Annotated[Path, typer.Argument(help="JSONL with `id` and `contents`, the first line the title.")],
+    out: Annotated[Path, typer.Option(help="Where the index goes; must not exist.")],
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Build a BM25 index of your own corpus. Example: searche1-lite index docs.jsonl --out my-index"""
+    from searche1_lite.search.index import build_index
+
+    build_index(corpus, out, threads)
+    typer.echo(str(out))
+
+
+def _quieten() -> None:
+    """Keeps libraries' progress bars and notices off the terminal; set SEARCHE1_LITE_DEBUG=1 to see them."""
+    if os.environ.get("SEARCHE1_LITE_DEBUG"):
+        return
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """The console script: one line for what the user can mend, a traceback only with SEARCHE1_LITE_DEBUG=1."""
+    try:
+        app()
+    except UserError as error:
+        if os.environ.get("SEARCHE1_LITE_DEBUG"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,333 @@
+"""Every setting, one dataclass per concern, read once at the edge.
+
+`load_config` merges a preset, a YAML file and `key=value` overrides, in that order, and refuses unknown keys and
+impossible values with one line that names the key.
+"""
+
+import difflib
+import re
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from searche1_lite.errors import UserError
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+@dataclass(config=_STRICT)
+class ModelConfig:
+    name: str = "Qwen/Qwen2.5-3B"
+    """`demo` for the shipped policy, a folder, or a hub name."""
+    revision: str | None = None
+    """Hub revision, for a run that can be repeated."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """`nf4`: 4-bit base with double quantisation. `none`: the base as stored."""
+    lora_rank: PositiveInt = 16
+    lora_alpha: PositiveInt = 32
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: slower, far less memory."""
+
+
+@dataclass(config=_STRICT)
+class SearchConfig:
+    corpus: str = "demo"
+    """`demo` for the shipped fictional wiki, or a JSONL file with `id` and `contents`."""
+    index: str | None = None
+    """A ready Lucene index; default: built from `corpus` on first use, in the cache folder."""
+    k: PositiveInt = 3
+    """Passages a search."""
+    k1: Annotated[float, Field(ge=0.0)] = 0.9
+    b: Fraction = 0.4
+    threads: PositiveInt = 2
+    """Threads that answer one batch of queries."""
+
+
+@dataclass(config=_STRICT)
+class ProtocolConfig:
+    plain_template: str = (
+        "Answer the question below. Think inside <think> and </think> each time you get new information. If you lack "
+        "knowledge, search with <search> query </search>; the results come back between <information> and "
+        "</information>. You may search up to {max_searches} times. When you know enough, give only the short answer "
+        "inside <answer> and </answer>, for example <answer> Lima </answer>.\nQuestion: {question}"
+    )
+    """The user message of the plain prompt P_S. `{question}` is replaced; the chat template does the rest."""
+    privileged_template: str = (
+        "Answer the question below. Think inside <think> and </think> each time you get new information. If you lack "
+        "knowledge, search with <search> query </search>; the results come back between <information> and "
+        "</information>. You may search up to {max_searches} times. When you know enough, give only the short answer "
+        "inside <answer> and </answer>, for example <answer> Lima </answer>.\nHere is an efficient solution of this "
+        "very question, for guidance:\n{reference}\nNow solve it yourself, with no more searches than it needs.\n"
+        "Question: {question}"
+    )
+    """The user message of the privileged prompt P_T. `{question}` and `{reference}` are replaced."""
+    information_template: str = "\n\n<information>{documents}</information>\n\n"
+    document_template: str = "Doc {rank} (Title: {title}) {text}\n"
+    no_result_message: str = "No results."
+    correction_message: str = (
+        "\nThat was neither a search nor an answer. To search, write <search> query </search>. To answer, write "
+        "<answer> answer </answer>.\n"
+    )
+    """What the environment says after a turn that was neither a search nor an answer."""
+    no_more_searches_message: str = "\nNo searches are left. Answer now, inside <answer> and </answer>.\n"
+    """What the environment says after the last search allowed."""
+    max_searches: Count = 4
+    max_invalid_turns: Count = 1
+    """Corrections before the episode is given up."""
+    max_prompt_tokens: PositiveInt = 2048
+    max_turn_tokens: PositiveInt = 500
+    """Tokens the policy may write in one turn."""
+    max_document_tokens: PositiveInt = 160
+    """Each passage is cut to this."""
+    max_completion_tokens: PositiveInt = 3072
+    """Tokens of a whole episode after the prompt, documents included."""
+
+
+@dataclass(config=_STRICT)
+class DataConfig:
+    train: str = "demo"
+    """`demo`, or a JSONL file of questions to train on (`id`, `question`, `golden_answers`)."""
+    evaluation: str = "demo"
+    """`demo`, or a JSONL file of questions to evaluate on; never trained on."""
+    evaluation_limit: Count = 0
+    """Evaluate on a seeded subset of this size; 0: all."""
+
+
+@dataclass(config=_STRICT)
+class EngineConfig:
+    batch_size: PositiveInt = 64
+    """Episodes decoded side by side."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of rollouts; evaluation is greedy."""
+
+
+@dataclass(config=_STRICT)
+class GRPOStageConfig:
+    steps: Count = 100
+    """Optimizer steps a round."""
+    questions_per_step: PositiveInt = 16
+    group_size: Annotated[int, Field(ge=2)] = 5
+    """Rollouts a question."""
+    learning_rate: PositiveFloat = 1e-5
+    warmup_ratio: Fraction = 0.1
+    clip: PositiveFloat = 0.2
+    kl_coefficient: Annotated[float, Field(ge=0.0)] = 0.001
+    """Weight of the KL to the adapter as the stage began; 0 leaves the reference pass out."""
+    micro_batch_size: PositiveInt = 4
+    """Trajectories per forward and backward pass; `questions_per_step * group_size` must be a multiple of it."""
+    max_grad_norm: PositiveFloat = 1.0
+
+
+@dataclass(config=_STRICT)
+class OFSDStageConfig:
+    enabled: bool = True
+    questions: PositiveInt = 512
+    """Training questions answered afresh to find pairs."""
+    rollouts: Annotated[int, Field(ge=2)] = 5
+    """K: fresh rollouts a question."""
+    epochs: PositiveInt = 1
+    """Passes over the pairs."""
+    batch_size: PositiveInt = 16
+    """Pairs per optimizer step."""
+    micro_batch_size: PositiveInt = 4
+    """Pairs per forward and backward pass; `batch_size` must be a multiple of it."""
+    learning_rate: PositiveFloat = 1e-5
+    warmup_ratio: Fraction = 0.1
+    max_grad_norm: PositiveFloat = 1.0
+    objective: Literal["distill", "sft"] = "distill"
+    """`distill`: KL to the teacher along the student's tokens. `sft`: cross-entropy on the reference (a baseline)."""
+    teacher: Literal["snapshot", "base", "live"] = "snapshot"
+    """`snapshot`: the adapter as the stage began, frozen. `base`: adapter disabled. `live`: the adapter as it moves."""
+    teacher_prompt: Literal["privileged", "plain", "foreign"] = "privileged"
+    """`privileged`: the question with its reference. `plain`: the control. `foreign`: another question's reference."""
+    reference_documents: bool = True
+    """Show the reference with the documents it retrieved."""
+    students: Literal["any", "wrong", "correct"] = "any"
+    """Which siblings may be students: any less efficient or wrong one, only wrong ones, only correct ones."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """`forward_kl`: KL(teacher || student), the method. The others are ablations (JSD with weight 0.5)."""
+    tokens: Literal["all", "search"] = "all"
+    """Which model-written tokens are in the loss: all, or only those of search turns."""
+
+
+@dataclass(config=_STRICT)
+class Config:
+    """A whole run."""
+
+    seed: Count = 0
+    rounds: PositiveInt = 2
+    model: ModelConfig = field(default_factory=ModelConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    grpo: GRPOStageConfig = field(default_factory=GRPOStageConfig)
+    ofsd: OFSDStageConfig = field(default_factory=OFSDStageConfig)
+
+
+_SECTIONS = [item.name for item in fields(Config) if is_dataclass(item.type)]
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """The shipped presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_config(preset: str | None = None, file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The run's settings: a preset, then a YAML file, then `key.sub=value` overrides; the last one said counts.
+
+    Raises:
+        UserError: unknown preset, key or file, broken YAML, or an impossible value; names it and what is allowed.
+    """
+    data: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in preset_names():
+            raise UserError(f"no preset {preset!r}; there are: {', '.join(preset_names())}")
+        _merge(data, _read_yaml(PRESETS / f"{preset}.yaml"))
+    if file is not None:
+        _merge(data, _read_yaml(Path(file)))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not re.fullmatch(r"\w+(\.\w+)*", key.strip()):
+            raise UserError(f"{override!r} is not an override; write key=value, such as grpo.steps=20")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise UserError(f"the value in {override!r} is not valid YAML; quote it") from error
+        for part in reversed(key.strip().split(".")):
+            value = {part: value}
+        _merge(data, value)
+    return parse_config(data)
+
+
+def parse_config(data: dict[str, Any]) -> Config:
+    """A `Config` from nested dictionaries, checked; see `load_config` for the errors."""
+    _check_keys(data, Config, "")
+    try:
+        config = TypeAdapter(Config).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # Beyond section and key, Pydantic names the branch of a union that failed.
+        depth = 2 if first["loc"][0] in _SECTIONS else 1
+        key = ".".join(str(part) for part in first["loc"][:depth])
+        reason = first["msg"][:1].lower() + first["msg"][1:]
+        raise UserError(f"{key}={first['input']!r} is impossible: {reason}") from error
+    _check_together(config)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The settings as YAML that `load_config` reads back as the same."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every setting under its dotted key, as an override names it."""
+    flat: dict[str, Any] = {}
+    for key, value in asdict(config).items():
+        flat |= (
+            {f"{key}.{inner}": setting for inner, setting in value.items()} if isinstance(value, dict) else {key: value}
+        )
+    return flat
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key given twice, where YAML keeps the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}; check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}" if mark is not None else ""
+        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise UserError(f"{path}{place}: not valid YAML ({problem}); mend it") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold `key: value` lines, not a {type(data).__name__}")
+    return data
+
+
+def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _check_keys(data: dict[str, Any], section: type, prefix: str) -> None:
+    known = {item.name: item for item in fields(section)}
+    for key, value in data.items():
+        if key not in known:
+            raise UserError(f"unknown config key {prefix}{key}; {_hint(str(key), prefix, list(known))}")
+        kind = known[key].type
+        if is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{prefix}{key} is a section; set one of its keys, such as {prefix}{key}.{fields(kind)[0].name}"
+                )
+            _check_keys(value, kind, f"{prefix}{key}.")
+        elif isinstance(value, bool) and kind is not bool:
+            # Pydantic would read true as 1.
+            raise UserError(f"{prefix}{key}={str(value).lower()} is impossible: this is not a true/false setting")
+
+
+def _hint(key: str, prefix: str, known: list[str]) -> str:
+    """What an unknown key was meant to be: a neighbour misspelt, or a key of another section."""
+    if near := difflib.get_close_matches(key, known, n=1):
+        return f"did you mean {prefix}{near[0]}?"
+    elsewhere = [dotted for dotted in flatten(Config()) if dotted.rpartition(".")[2] == key]
+    return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"known here: {', '.join(known)}"
+
+
+def _check_together(config: Config) -> None:
+    """Refuses values that are each possible and together are not."""
+    group = config.grpo.questions_per_step * config.grpo.group_size
+    if group % config.grpo.micro_batch_size:
+        raise UserError(
+            f"grpo.micro_batch_size={config.grpo.micro_batch_size} must divide grpo.questions_per_step * "
+            f"grpo.group_size = {group}"
+        )
+    if config.ofsd.batch_size % config.ofsd.micro_batch_size:
+        raise UserError(
+            f"ofsd.micro_batch_size={config.ofsd.micro_batch_size} must divide ofsd.batch_size={config.ofsd.batch_size}"
+        )
+    for key, needed in {
+        "plain_template": ["{question}"],
+        "privileged_template": ["{question}", "{reference}"],
+        "information_template": ["{documents}"],
+        "document_template": ["{text}"],
+    }.items():
+        for placeholder in needed:
+            if getattr(config.protocol, key).count(placeholder) != 1:
+                raise UserError(f"protocol.{key} must contain {placeholder} exactly once")
+    if config.protocol.max_turn_tokens > config.protocol.max_completion_tokens:
+        raise UserError(
+            f"protocol.max_turn_tokens={config.protocol.max_turn_tokens} must be at most "
+            f"protocol.max_completion_tokens={config.protocol.max_completion_tokens}"
+        )

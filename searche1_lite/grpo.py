@@ -1,0 +1,234 @@
+"""GRPO through TRL: its trainer, fed by our rollouts.
+
+Vanilla GRPO: a group of rollouts a question, reward = exact match, advantage normalised within the group, one update a
+batch of fresh rollouts, clipped ratio, a small KL to the adapter as the stage began. Environment tokens are masked.
+What it leaves out: reuse of a batch for several updates, and skipping groups whose rewards are all equal (counted).
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from searche1_lite.config import Config
+from searche1_lite.model import compute_dtype, drop_adapter, keep_adapter_fp32
+from searche1_lite.protocol import Protocol
+from searche1_lite.rollout import rollout
+from searche1_lite.search.base import Retriever
+from searche1_lite.seeding import derive_seed
+from searche1_lite.trajectory import Question, Trajectory
+
+REFERENCE = "ref"
+"""The frozen adapter that TRL adds for the KL term."""
+
+OnStep = Callable[[dict[str, Any]], None]
+
+
+def trainer_arguments(model: PeftModel, config: Config, *, seed: int, output_dir: Path, steps: int) -> dict[str, Any]:
+    """Arguments that both stages' trainers share: one process, no saving, no reporting, constant rate after warm-up."""
+    return {
+        "output_dir": str(output_dir),
+        "seed": seed % 2**31,
+        "max_steps": steps,
+        "lr_scheduler_type": "constant_with_warmup",
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "gradient_checkpointing": config.model.gradient_checkpointing,
+        "use_cpu": model.device.type == "cpu",
+        "bf16": compute_dtype(model.device) == torch.bfloat16,
+        "dataloader_pin_memory": model.device.type != "cpu",
+        "temperature": config.engine.temperature,
+        "max_completion_length": config.protocol.max_completion_tokens,
+    }
+
+
+class StepReporter(TrainerCallback):
+    """Hands each optimizer step's figures on, and stops the trainer when the time is up.
+
+    Args:
+        describe: turns TRL's log of one step into our record.
+        deadline: `time.monotonic()` after which no further step begins; None for no limit.
+    """
+
+    def __init__(
+        self, describe: Callable[[dict[str, Any]], dict[str, Any]], on_step: OnStep, deadline: float | None
+    ) -> None:
+        self._describe, self._on_step, self._deadline = describe, on_step, deadline
+        self._began = time.monotonic()
+        self.steps = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.steps = state.global_step
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            seconds = time.monotonic() - self._began
+            self._on_step({"step": state.global_step, **self._describe(logs), "seconds": round(seconds, 3)})
+
+
+class RolloutGRPOTrainer(GRPOTrainer):
+    """TRL's trainer, with each micro-batch's padding cut before the forward pass."""
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        return super()._compute_loss(model, trim_padding(inputs))
+
+
+def trim_padding(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Cuts columns that are padding in every row: prompts (padded on the left) and completions (on the right)."""
+    prompt = int((inputs["prompt_mask"].sum(dim=1)).max())
+    completion = max(1, int((inputs["completion_mask"].sum(dim=1)).max()))
+    trimmed = dict(inputs)
+    for key, value in inputs.items():
+        if not torch.is_tensor(value) or value.dim() != 2:
+            continue
+        if key.startswith("prompt"):
+            trimmed[key] = value[:, value.shape[1] - prompt :]
+        elif value.shape[1] == inputs["completion_mask"].shape[1]:
+            trimmed[key] = value[:, :completion]
+    return trimmed
+
+
+def exact_match_reward(prompts: list[str], completions: list[str], em: list[float], **_: Any) -> list[float]:
+    """The rewards that `rollout` computed from model-written tokens; TRL's own decoded text is not looked at."""
+    return em
+
+
+def train_grpo(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    retriever: Retriever,
+    protocol: Protocol,
+    questions: Sequence[Question],
+    config: Config,
+    *,
+    run_seed: int,
+    round_index: int,
+    output_dir: Path,
+    on_step: OnStep,
+    on_rollouts: Callable[[list[Trajectory]], None] | None = None,
+    deadline: float | None = None,
+) -> dict[str, Any]:
+    """One GRPO stage; the trained adapter is changed in place.
+
+    Args:
+        questions: training questions; each step takes `questions_per_step` of them in a seeded order.
+        on_step: told each step's figures.
+        on_rollouts: shown each step's trajectories.
+        deadline: `time.monotonic()` after which the stage ends early.
+
+    Returns:
+        `{"steps", "rollout_seconds"}`.
+    """
+    stage = config.grpo
+    if stage.steps == 0:
+        return {"steps": 0, "rollout_seconds": 0.0}
+    seed = derive_seed(run_seed, "grpo", round_index)
+    latest: dict[str, Any] = {"seconds": 0.0, "total": 0.0, "trajectories": []}
+
+    def roll(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
+        began = time.monotonic()
+        size = stage.group_size
+        asked = [questions[int(key)] for key in prompts[::size]]
+        if len(prompts) % size or [key for key in prompts[::size] for _ in range(size)] != list(prompts):
+            raise RuntimeError("TRL no longer passes each prompt group_size times in a row; pin trl<1.17")
+        trajectories = rollout(
+            model,
+            tokenizer,
+            retriever,
+            protocol,
+            asked,
+            size,
+            engine=config.engine,
+            k=config.search.k,
+            seed_parts=(run_seed, "grpo", round_index, trainer.state.global_step),
+        )
+        latest["trajectories"], latest["seconds"] = trajectories, time.monotonic() - began
+        latest["total"] += latest["seconds"]
+        if on_rollouts is not None:
+            on_rollouts(trajectories)
+        return {
+            "prompt_ids": [t.prompt_ids for t in trajectories],
+            "completion_ids": [t.completion_ids for t in trajectories],
+            "logprobs": None,
+            "env_mask": [t.loss_mask for t in trajectories],
+            "em": [t.reward for t in trajectories],
+        }
+
+    def describe(logs: dict[str, Any]) -> dict[str, Any]:
+        trajectories = latest["trajectories"]
+        tokens = sum(t.n_model_tokens for t in trajectories)
+        return {
+            "stage": "grpo",
+            "round": round_index,
+            "loss": logs.get("loss"),
+            "reward": logs.get("reward"),
+            "em": sum(t.reward for t in trajectories) / len(trajectories),
+            "kl": logs.get("kl"),
+            "grad_norm": logs.get("grad_norm"),
+            "zero_std_fraction": logs.get("frac_reward_zero_std"),
+            "searches": sum(t.n_searches for t in trajectories) / len(trajectories),
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / latest["seconds"], 1),
+            "rollout_seconds": round(latest["seconds"], 3),
+            "learning_rate": logs.get("learning_rate"),
+        }
+
+    reporter = StepReporter(describe, on_step, deadline)
+    arguments = GRPOConfig(
+        **trainer_arguments(model, config, seed=seed, output_dir=output_dir, steps=stage.steps),
+        loss_type="grpo",
+        scale_rewards="group",
+        epsilon=stage.clip,
+        beta=stage.kl_coefficient,
+        num_generations=stage.group_size,
+        num_iterations=1,
+        per_device_train_batch_size=stage.micro_batch_size,
+        gradient_accumulation_steps=stage.questions_per_step * stage.group_size // stage.micro_batch_size,
+        learning_rate=stage.learning_rate,
+        warmup_steps=round(stage.warmup_ratio * stage.steps),
+        max_grad_norm=stage.max_grad_norm,
+    )
+    try:
+        with keep_adapter_fp32(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # rollout_func announces that it is experimental
+            trainer = RolloutGRPOTrainer(
+                model=model,
+                reward_funcs=exact_match_reward,
+                args=arguments,
+                train_dataset=Dataset.from_dict({"prompt": [str(index) for index in range(len(questions))]}),
+                processing_class=tokenizer,
+                callbacks=[reporter],
+                rollout_func=roll,
+            )
+        for name, parameter in model.named_parameters():
+            if f".{REFERENCE}." in name:
+                parameter.requires_grad_(False)
+        _drop_printer(trainer)
+        trainer.train()
+    finally:
+        drop_adapter(model, REFERENCE)
+        model.eval()
+    return {"steps": reporter.steps, "rollout_seconds": round(latest["total"], 3)}
+
+
+def _drop_printer(trainer: Any) -> None:
+    """Results go to stdout, so the trainer must not print its logs there."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,316 @@
+"""The policy: a 4-bit base, one LoRA adapter on it, and frozen copies of that adapter.
+
+Everything that changes shape or precision of the policy is here. The base is never merged into: re-quantising it would
+move the policy. LoRA weights are fp32 masters on every device; activations and the KV cache are in the compute dtype.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from huggingface_hub.errors import HFValidationError
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from searche1_lite.config import ModelConfig
+from searche1_lite.errors import UserError
+from searche1_lite.seeding import derive_seed
+
+ADAPTER = "default"
+"""The adapter that is trained, saved and loaded."""
+
+_DEMO_POLICY = Path(__file__).parent / "demo" / "policy"
+
+
+def resolve_model(name: str) -> str:
+    """Where the base model is loaded from: the shipped folder for `demo`, an existing folder, or a hub name.
+
+    Raises:
+        UserError: if the shipped policy is missing, or `name` is a path and no such folder exists.
+    """
+    if name == "demo":
+        if not (_DEMO_POLICY / "config.json").is_file():
+            raise UserError(
+                "the demo policy is missing; build it with `python -m searche1_lite.demo.build`", exit_code=1
+            )
+        return str(_DEMO_POLICY)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.name={name!r} has no config.json; give a folder saved by transformers")
+        return str(folder)
+    if not name.strip() or name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1:
+        raise UserError(f"model.name={name!r}: no such folder; give `demo`, an existing folder or a hub name")
+    return name
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the GPU has it, else fp32."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+
+def load_policy(
+    config: ModelConfig, *, adapter: Path | None = None, seed: int
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The policy in eval mode, on the GPU if there is one, and its tokenizer (padding left).
+
+    Args:
+        config: base model, quantisation and LoRA shape.
+        adapter: a folder written by `save_adapter`; its LoRA shape then counts, not the config's.
+        seed: the run's seed; a new adapter's weights depend on it alone.
+
+    Raises:
+        UserError: for a missing folder, an unreachable hub, a base without safetensors, or an unfit adapter.
+    """
+    source = resolve_model(config.name)
+    peft_config = (
+        LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=0.0,
+            bias="none",
+            target_modules="all-linear",  # PEFT leaves the output embeddings out of it
+            task_type="CAUSAL_LM",
+        )
+        if adapter is None
+        else _read_adapter_config(adapter)
+    )
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = compute_dtype(device)
+    quantization = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        if config.quantization == "nf4"
+        else None
+    )
+    try:
+        tokenizer = _load_tokenizer(source, config.revision)
+        base = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=config.revision,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quantization,
+        )
+    except (OSError, ValueError, HFValidationError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"cannot load the model {config.name!r}: {reason} "
+            "(give `demo`, a folder with safetensors weights, or a hub name while the hub can be reached)",
+            exit_code=1,
+        ) from error
+    _keep_4bit_weights_fixed(base)
+    _set_padding(tokenizer)
+    # With a fork the caller's random state is left as it was, and the draw does not depend on it.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(seed, "adapter"))
+        model = get_peft_model(base, peft_config, autocast_adapter_dtype=True)
+    # The name as the user gave it, not the folder it resolved to, so that a saved adapter works on another machine.
+    peft_config.base_model_name_or_path = config.name
+    peft_config.revision = config.revision
+    model.eval()
+    if adapter is not None:
+        load_adapter_weights(model, adapter)
+    return model, tokenizer
+
+
+def _load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer as its files declare it.
+
+    For some architectures `AutoTokenizer` (seen in transformers 5.23) rebuilds the tokenizer in its own class even
+    where the files declare the generic one, and so drops settings of `tokenizer.json` such as `ignore_merges`.
+    """
+    declared = get_tokenizer_config(source, revision=revision).get("tokenizer_class")
+    generic = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    loader = PreTrainedTokenizerFast if generic else AutoTokenizer
+    return loader.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
+def _keep_4bit_weights_fixed(base: torch.nn.Module) -> None:
+    """Stops bitsandbytes (seen in 0.50.2) from re-packing 4-bit weights in place on CPUs with AVX512-BF16.
+
+    In eval mode it would then compute in bf16: rollouts would differ from training, and the base would not stay as it
+    was, bit for bit.
+    """
+    for module in base.modules():
+        if isinstance(module, Linear4bit) and module.weight.device.type == "cpu":
+            module.support_avx512bf16_for_cpu = False
+
+
+def _set_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A pad token that needs no new embedding row. Padding is always masked, so which one it is never matters to the
+    model; unk is preferred to eos because some code takes padding equal to eos for the end of a message."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Writes the trained adapter alone: `adapter_model.safetensors` and `adapter_config.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, selected_adapters=[ADAPTER], safe_serialization=True, save_embedding_layers=False)
+
+
+def load_adapter_weights(model: PeftModel, folder: Path) -> None:
+    """Copies a saved adapter into the trained one, in place (parameters keep their identity, so optimizers stay valid).
+
+    Raises:
+        UserError: if the folder holds no adapter, or one for another base model or of another shape.
+    """
+    saved, own = _read_adapter_config(folder), model.peft_config[ADAPTER]
+    if not _same_model(saved.base_model_name_or_path, own.base_model_name_or_path):
+        raise UserError(
+            f"the adapter in {folder} is for the base model {saved.base_model_name_or_path!r}, but this run uses "
+            f"{own.base_model_name_or_path!r}; set model.name to the former or give another adapter"
+        )
+    if (saved.r, saved.lora_alpha) != (own.r, own.lora_alpha):
+        raise UserError(
+            f"the adapter in {folder} has rank {saved.r} and alpha {saved.lora_alpha}, but this run uses rank {own.r} "
+            f"and alpha {own.lora_alpha}; set model.lora_rank and model.lora_alpha to the former"
+        )
+    try:
+        weights = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {folder / 'adapter_model.safetensors'}: {error}; give a saved adapter") from error
+    targets = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    for name in sorted(weights.keys() | targets.keys()):
+        theirs = tuple(weights[name].shape) if name in weights else "nothing"
+        ours = tuple(targets[name].shape) if name in targets else "nothing"
+        if theirs != ours:
+            raise UserError(
+                f"the adapter in {folder} does not fit {own.base_model_name_or_path!r}: at {name} it has {theirs}, "
+                f"the model {ours}; give an adapter trained on this very base"
+            )
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(weights[name])
+
+
+def _read_adapter_config(folder: Path) -> LoraConfig:
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no adapter (no adapter_config.json); give a folder written by `train`")
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}; give a folder written by `train`") from error
+    config.inference_mode = False
+    return config
+
+
+def _same_model(one: str | None, other: str | None) -> bool:
+    if one == other:
+        return True
+    if one is None or other is None:
+        return False
+    one_path, other_path = Path(one).expanduser(), Path(other).expanduser()
+    return one_path.is_dir() and other_path.is_dir() and one_path.resolve() == other_path.resolve()
+
+
+def _adapter_parameters(model: PeftModel, name: str) -> dict[str, torch.nn.Parameter]:
+    """Parameters of one adapter, keyed by their names with the adapter's own name cut out."""
+    marker = f".{name}."
+    return {
+        key.replace(marker, "."): parameter
+        for key, parameter in model.named_parameters()
+        if marker in key and "lora_" in key
+    }
+
+
+def snapshot_adapter(model: PeftModel, name: str = "teacher") -> None:
+    """Adds the frozen adapter `name`, a copy of the trained one, or brings it up to date if it is there.
+
+    The active adapter and every other parameter's `requires_grad` stay as they were.
+    """
+    if name == ADAPTER:
+        raise ValueError(f"a snapshot cannot be called {ADAPTER!r}: that is the adapter being trained")
+    if name not in model.peft_config:
+        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
+        # Injecting draws initial weights that are overwritten at once; the caller's random state must not notice.
+        with torch.random.fork_rng(devices=devices):
+            model.add_adapter(name, deepcopy(model.peft_config[ADAPTER]))
+        for parameter in model.parameters():
+            parameter.requires_grad_(flags.get(parameter, False))
+    source, copy = _adapter_parameters(model, ADAPTER), _adapter_parameters(model, name)
+    with torch.no_grad():
+        for key, parameter in copy.items():
+            parameter.data = source[key].detach().clone()
+            parameter.requires_grad_(False)
+
+
+def drop_adapter(model: PeftModel, name: str) -> None:
+    """Removes a snapshot; nothing happens if there is none of that name."""
+    if name == ADAPTER:
+        raise ValueError("the trained adapter cannot be dropped")
+    if name in model.peft_config:
+        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        model.delete_adapter(name)
+        for parameter in model.parameters():
+            parameter.requires_grad_(flags[parameter])
+
+
+@contextmanager
+def use_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
+    """Runs the body with adapter `name` active, or with the bare base for None.
+
+    The active adapter, whether adapters were disabled, and every `requires_grad` flag are as before afterwards; inside,
+    the flags are as before too, so a frozen snapshot stays frozen. Contexts nest.
+    """
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    active = model.active_adapter
+    disabled = any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
+
+    def switch(adapter: str | None, off: bool) -> None:
+        if adapter is not None:
+            model.set_adapter(adapter)
+        if off:
+            model.base_model.disable_adapter_layers()
+        else:
+            model.base_model.enable_adapter_layers()
+        # PEFT turns gradients on and off with the adapters; put back what the owner of each parameter chose.
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+    switch(name, off=name is None)
+    try:
+        yield
+    finally:
+        switch(active, off=disabled)
+
+
+@contextmanager
+def keep_adapter_fp32(model: PeftModel) -> Iterator[None]:
+    """For the constructor of a TRL trainer, which rounds a 4-bit model's trainable LoRA weights to bf16.
+
+    Afterwards the weights are fp32 again, bit for bit as before: the policy does not move, and no small update is lost.
+    """
+    masters = {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    yield
+    for name, parameter in model.named_parameters():
+        if name in masters:
+            parameter.data = masters[name]

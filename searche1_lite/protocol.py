@@ -1,0 +1,187 @@
+"""How the policy and its environment talk: tags, prompts, parsing, and the escaping of retrieved text.
+
+The tags are Search-R1's: `<think>`, `<search>`, `<information>`, `<answer>`. The policy writes everything but
+`<information>` blocks and the two short environment messages. Questions and retrieved text are data: whatever they
+contain, they are encoded so that they can neither open nor close a block nor become a control id.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from searche1_lite.config import ProtocolConfig
+from searche1_lite.errors import UserError
+from searche1_lite.search.base import Passage
+from searche1_lite.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STOP_TAGS = ("</search>", "</answer>")
+"""A model turn ends as soon as one of these stands in what it wrote."""
+
+_ANGLES = str.maketrans(dict.fromkeys("<＜﹤", "‹") | dict.fromkeys(">＞﹥", "›"))
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What one model turn asks for. `content` is the stripped query or answer; empty for an invalid turn."""
+
+    kind: Literal["search", "answer", "invalid"]
+    content: str = ""
+
+
+def last_block(text: str, tag: str) -> str | None:
+    """The stripped content of the last complete `<tag>..</tag>` in `text`, or None.
+
+    The block is closed by the last `</tag>` that has a `<tag>` before it, and opened by the nearest one before that.
+    """
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    end = text.rfind(closing)
+    while end != -1:
+        start = text.rfind(opening, 0, end)
+        if start == -1:
+            return None
+        content = text[start + len(opening) : end]
+        if closing not in content:
+            return content.strip()
+        end = text.rfind(closing, 0, end)
+    return None
+
+
+def parse_turn(text: str) -> Action:
+    """The action of one model turn, which ends at its first `</search>` or `</answer>` if it has one."""
+    ends = [(text.find(tag), tag) for tag in STOP_TAGS if tag in text]
+    if not ends:
+        return Action("invalid")
+    position, tag = min(ends)
+    kind: Literal["search", "answer"] = "search" if tag == "</search>" else "answer"
+    content = last_block(text[: position + len(tag)], kind)
+    if content is None or (kind == "search" and not content):
+        return Action("invalid")
+    return Action(kind, content)
+
+
+def escape(text: str) -> str:
+    """`text` with every angle bracket, ASCII or full-width, replaced by a look-alike that forms no tag or marker."""
+    return text.translate(_ANGLES)
+
+
+class Protocol:
+    """Prompts and environment text as token ids, for one tokenizer.
+
+    Args:
+        tokenizer: any fast tokenizer; its chat template, if it has one, renders the prompts.
+        config: templates and token budgets.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: ProtocolConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+        self._added = {content: index for content, index in added.items() if content.strip()}
+        self.control_ids = frozenset(self._added.values()) | frozenset(tokenizer.all_special_ids)
+        """Ids that data may never become: every added token, flagged special or not."""
+        self._added_pattern = (
+            re.compile("|".join(re.escape(content) for content in sorted(self._added, key=len, reverse=True)))
+            if self._added
+            else None
+        )
+        opening, closing = config.information_template.split("{documents}")
+        self._information_opening = self._encode(opening)
+        self._information_closing = self._encode(closing)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def encode_data(self, text: str) -> list[int]:
+        """Token ids of untrusted text: escaped, and never a control id.
+
+        An added token that survives the escaping (it has no angle bracket, such as `[INST]`) is encoded in two halves.
+        """
+        text = escape(text)
+        cuts = [0]
+        if self._added_pattern is not None:
+            for match in self._added_pattern.finditer(text):
+                cuts.append(match.start() + max(1, len(match.group()) // 2))
+        cuts.append(len(text))
+        ids: list[int] = []
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            ids += self._encode(text[start:end])
+        return [index for index in ids if index not in self.control_ids]
+
+    def _render(self, template: str, parts: dict[str, list[int] | str]) -> list[int]:
+        """`template` in the chat template's user message, each `{name}` replaced by ids or by encoded data."""
+        sentinels = {name: f"\x02{name}\x03" for name in parts}
+        content = template.replace("{max_searches}", str(self.config.max_searches))
+        for name, sentinel in sentinels.items():
+            content = content.replace("{" + name + "}", sentinel)
+        if self.tokenizer.chat_template is not None:
+            messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        else:
+            text = content
+        ids: list[int] = []
+        for piece in re.split("(\x02\\w+\x03)", text):
+            value = parts.get(piece[1:-1]) if piece.startswith("\x02") else None
+            if value is None:
+                ids += self._encode(piece)
+            else:
+                ids += self.encode_data(value) if isinstance(value, str) else value
+        return ids
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """P_S(question): what the policy is asked, as token ids.
+
+        Raises:
+            UserError: if the question alone exceeds `max_prompt_tokens`.
+        """
+        ids = self._render(self.config.plain_template, {"question": question.strip()})
+        if len(ids) > self.config.max_prompt_tokens:
+            raise UserError(
+                f"the prompt of question {question[:60]!r} has {len(ids)} tokens, more than "
+                f"protocol.max_prompt_tokens={self.config.max_prompt_tokens}; shorten the question or raise the limit"
+            )
+        return ids
+
+    def reference_ids(self, reference: Trajectory, with_documents: bool = True) -> list[int]:
+        """A trajectory as it is shown to the teacher: its own ids, special tokens dropped, documents on request."""
+        special = frozenset(self.tokenizer.all_special_ids)
+        return [
+            index
+            for index, by_model in zip(reference.completion_ids, reference.loss_mask, strict=True)
+            if index not in special and (with_documents or by_model)
+        ]
+
+    def privileged_prompt_ids(self, question: str, reference: Trajectory, with_documents: bool = True) -> list[int]:
+        """P_T(question, reference): the same question beside a more efficient trajectory, as token ids.
+
+        The reference's own ids are spliced in; nothing of it is decoded and tokenised again.
+        """
+        return self._render(
+            self.config.privileged_template,
+            {"question": question.strip(), "reference": self.reference_ids(reference, with_documents)},
+        )
+
+    def information_ids(self, passages: Sequence[Passage]) -> list[int]:
+        """The `<information>` block for one search, each document cut to `max_document_tokens`."""
+        ids = list(self._information_opening)
+        for rank, passage in enumerate(passages, start=1):
+            text = (
+                self.config.document_template.replace("{rank}", str(rank))
+                .replace("{title}", passage.title)
+                .replace("{text}", passage.text)
+            )
+            ids += self.encode_data(text)[: self.config.max_document_tokens]
+        if not passages:
+            ids += self._encode(self.config.no_result_message)
+        return ids + self._information_closing
+
+    def correction_ids(self) -> list[int]:
+        """The environment's message after a turn that was neither a search nor an answer."""
+        return self._encode(self.config.correction_message)
+
+    def no_more_searches_ids(self) -> list[int]:
+        """The environment's message once `max_searches` is used up."""
+        return self._encode(self.config.no_more_searches_message)

@@ -1,0 +1,32 @@
+"""What a search engine is to the rest of the project."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One retrieved passage. `score` is the engine's own (BM25: higher is better)."""
+
+    id: str
+    title: str
+    text: str
+    score: float = 0.0
+
+
+@runtime_checkable
+class Retriever(Protocol):
+    """A batch of queries in, ranked passages out."""
+
+    name: str
+    """What to print beside an exact-match figure, e.g. `bm25(k1=0.9, b=0.4)`."""
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        """At most `k` passages for each query, best first; an empty list where nothing matches.
+
+        Args:
+            queries: any strings, empty ones and operators included; each is treated as plain text.
+            k: passages a query, at least 1.
+        """
+        ...

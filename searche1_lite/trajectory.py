@@ -1,0 +1,104 @@
+"""The one record that flows end to end: a question, what was said and searched, and what it earned.
+
+Plain data. Token ids are the truth: `completion_ids` holds the sampled ids as sampled and the environment's ids as
+inserted; `loss_mask` tells them apart. Nothing downstream decodes and re-tokenises.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from searche1_lite.search.base import Passage
+
+TurnKind = Literal["search", "answer", "invalid"]
+Stopped = Literal["answer", "end", "turn_budget", "token_budget"]
+
+
+@dataclass(slots=True)
+class Question:
+    """A question and the answers that count as right (FlashRAG's columns)."""
+
+    id: str
+    question: str
+    golden_answers: list[str]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Free-form; the demo puts `hops` here."""
+
+
+@dataclass(slots=True)
+class Turn:
+    """One stretch of model-written tokens: `completion_ids[start:end]`."""
+
+    kind: TurnKind
+    start: int
+    end: int
+    text: str
+    """The decoded stretch, for the reward, the report and the reader; never trained on."""
+
+
+@dataclass(slots=True)
+class Search:
+    """One search and what came back."""
+
+    query: str
+    passages: list[Passage]
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """One episode.
+
+    `completion_ids` and `loss_mask` have the same length T; `loss_mask[t]` is 1 where the model wrote token t and 0
+    where the environment did. `logprobs`, when kept, has length T too, with 0.0 at environment tokens.
+    """
+
+    question: Question
+    sample: int
+    """Which of the question's rollouts this is, from 0."""
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    loss_mask: list[int]
+    turns: list[Turn]
+    searches: list[Search]
+    stopped: Stopped
+    """Why the episode ended: it answered; the model ended its message without a complete answer; it used up its turns
+    (also those granted after the last search); or a token budget ran out."""
+    answer: str | None = None
+    """The last complete `<answer>` in model-written tokens, or None."""
+    reward: float = 0.0
+    """Exact match in {0, 1}."""
+    f1: float = 0.0
+    logprobs: list[float] | None = None
+
+    @property
+    def correct(self) -> bool:
+        return self.reward >= 1.0
+
+    @property
+    def n_searches(self) -> int:
+        return len(self.searches)
+
+    @property
+    def n_model_tokens(self) -> int:
+        return sum(self.loss_mask)
+
+    @property
+    def n_invalid(self) -> int:
+        """Turns that were neither a search nor an answer."""
+        return sum(turn.kind == "invalid" for turn in self.turns)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Trajectory":
+        return cls(
+            **{
+                **data,
+                "question": Question(**data["question"]),
+                "turns": [Turn(**turn) for turn in data["turns"]],
+                "searches": [
+                    Search(search["query"], [Passage(**passage) for passage in search["passages"]])
+                    for search in data["searches"]
+                ],
+            }
+        )
