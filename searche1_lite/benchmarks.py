@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
+from searche1_lite.config import DataConfig
 from searche1_lite.errors import UserError
 from searche1_lite.seeding import derive_seed
 from searche1_lite.trajectory import Question
@@ -36,6 +37,18 @@ def load_questions(spec: str, split: str, limit: int = 0, seed: int = 0) -> list
     return questions
 
 
+def load_run_questions(data: DataConfig, seed: int) -> tuple[list[Question], list[Question]]:
+    """A run's training and evaluation questions, which have none in common.
+
+    Raises:
+        UserError: as `load_questions` and `check_disjoint` do.
+    """
+    train = load_questions(data.train, "train")
+    evaluation = load_questions(data.evaluation, "test", data.evaluation_limit, seed)
+    check_disjoint(train, evaluation)
+    return train, evaluation
+
+
 def _read_questions(path: Path) -> list[Question]:
     if not path.is_file():
         raise UserError(f"no question file at {path}; give `demo` or a JSONL file")
@@ -55,10 +68,15 @@ def _read_questions(path: Path) -> list[Question]:
                 if column not in record:
                     raise UserError(f"{path}:{number}: no `{column}`; a question needs id, question and golden_answers")
             golds = record["golden_answers"]
-            if not isinstance(golds, list) or not golds or not all(isinstance(gold, str) for gold in golds):
-                raise UserError(f"{path}:{number}: golden_answers must be a list of at least one string")
+            # A blank one would be matched by an empty answer.
+            if not isinstance(golds, list) or not golds or not all(isinstance(g, str) and g.strip() for g in golds):
+                raise UserError(f"{path}:{number}: golden_answers must be a list of at least one string, none blank")
             if not isinstance(record["question"], str) or not record["question"].strip():
                 raise UserError(f"{path}:{number}: the question is empty; write one or delete the line")
+            if isinstance(record["id"], bool) or not isinstance(record["id"], str | int):
+                raise UserError(f"{path}:{number}: the id must be a string or a whole number")
+            if not isinstance(record.get("metadata") or {}, dict):
+                raise UserError(f"{path}:{number}: metadata must be an object; mend it or leave it out")
             question_id = str(record["id"])
             if question_id in seen:
                 raise UserError(f"{path}:{number}: id {question_id!r} was already used on line {seen[question_id]}")

@@ -7,23 +7,21 @@ is its adapter (safetensors) and `state.json`: every stage is seeded on its own,
 import json
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-from peft import PeftModel
-
-from searche1_lite.config import Config, dump_config, parse_config
+from searche1_lite.config import Config, dump_config, flatten, load_config
 from searche1_lite.errors import UserError
-from searche1_lite.model import save_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class RunFolder:
     """One run on disk.
 
     Args:
-        path: the folder; made if it is not there.
+        path: the folder; looked at now, and made by `start`.
         config: the run's settings.
         resume: go on with the run that is there, if it has the same settings.
 
@@ -38,14 +36,23 @@ class RunFolder:
         if existing.is_file():
             if not resume:
                 raise UserError(f"{path} already holds a run; add --resume to go on with it, or choose another --out")
-            _check_same(parse_config(yaml.safe_load(existing.read_text(encoding="utf-8"))), config, path)
+            _check_same(_read_config(existing), config, path)
         elif path.is_dir() and any(path.iterdir()):
             raise UserError(f"{path} is not empty and holds no run; choose another --out")
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            write_atomically(existing, dump_config(config))
-        (path / "checkpoints").mkdir(exist_ok=True)
-        (path / "trajectories").mkdir(exist_ok=True)
+        self._config = config
+
+    def start(self) -> "RunFolder":
+        """Makes what is not there yet. Called when all a run needs is loaded: what fails before leaves no trace."""
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (self.path / "trajectories").mkdir(exist_ok=True)
+            if not (self.path / "config.yaml").is_file():
+                write_atomically(self.path / "config.yaml", dump_config(self._config))
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run's folder {self.path}: {error.strerror}; choose another --out"
+            ) from error
+        return self
 
     def log(self, record: dict[str, Any]) -> None:
         """Adds one line to `metrics.jsonl`."""
@@ -58,8 +65,10 @@ class RunFolder:
     def save_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.summary_path, json.dumps(summary, indent=2) + "\n")
 
-    def save_checkpoint(self, name: str, model: PeftModel, summary: dict[str, Any]) -> None:
+    def save_checkpoint(self, name: str, model: "PeftModel", summary: dict[str, Any]) -> None:
         """Adapter and summary as they stand after stage `name`."""
+        from searche1_lite.model import save_adapter
+
         final = self.path / "checkpoints" / name
         staging = final.with_name(f".{name}.staging")
         shutil.rmtree(staging, ignore_errors=True)
@@ -74,11 +83,18 @@ class RunFolder:
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint of the last finished stage and its summary; None in a fresh folder."""
         best: tuple[Path, dict[str, Any]] | None = None
-        for state in (self.path / "checkpoints").glob("*/state.json"):
+        # A folder that begins with a dot is the staging of a save that was interrupted.
+        for state in (self.path / "checkpoints").glob("[!.]*/state.json"):
             summary = json.loads(state.read_text(encoding="utf-8"))
             if best is None or len(summary["stages"]) > len(best[1]["stages"]):
                 best = (state.parent, summary)
         return best
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Refuses a folder without an adapter, before the model is loaded for it."""
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} holds no adapter (no adapter_config.json); give a folder written by `train`")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -96,16 +112,16 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _read_config(path: Path) -> Config:
+    try:
+        return load_config(file=path)
+    except UserError as error:
+        raise UserError(f"{path} does not fit this version ({error}); choose another --out") from error
+
+
 def _check_same(saved: Config, asked: Config, path: Path) -> None:
-    ours, theirs = _flatten(asdict(saved)), _flatten(asdict(asked))
-    different = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+    ours, theirs = flatten(saved), flatten(asked)
+    different = [key for key in ours if ours[key] != theirs[key]]
     if different:
-        shown = ", ".join(f"{key} ({ours.get(key)!r} there, {theirs.get(key)!r} now)" for key in different[:3])
+        shown = ", ".join(f"{key} ({ours[key]!r} there, {theirs[key]!r} now)" for key in different[:3])
         raise UserError(f"{path} holds a run with other settings: {shown}; use those, or choose another --out")
-
-
-def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

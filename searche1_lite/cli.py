@@ -39,12 +39,15 @@ def train(
 
     settings = load_config(preset, config, overrides or [])
     folder_path = out or Path("runs") / (preset or (config.stem if config else "default"))
-    _quieten()
+    from searche1_lite.benchmarks import load_run_questions
     from searche1_lite.checkpoint import RunFolder
+
+    load_run_questions(settings.data, settings.seed)  # faulty files are refused before a folder is made
+    folder = RunFolder(folder_path, settings, resume)
+    _quieten()
     from searche1_lite.console import RichTasks, stage_table
     from searche1_lite.evolve import run
 
-    folder = RunFolder(folder_path, settings, resume)
     try:
         summary = run(settings, folder, RichTasks())
     except KeyboardInterrupt:
@@ -71,7 +74,10 @@ def eval_command(
 
     settings = load_config(preset, config, overrides or [])
     from searche1_lite.benchmarks import load_questions
+    from searche1_lite.checkpoint import check_adapter_folder
 
+    if adapter:
+        check_adapter_folder(adapter)
     name = data or settings.data.evaluation
     questions = load_questions(name, "test", limit or settings.data.evaluation_limit, settings.seed)
     _quieten()
@@ -108,6 +114,10 @@ def ask(
     settings = load_config(preset, config)
     if not question.strip():
         raise UserError("the question is empty; write one")
+    from searche1_lite.checkpoint import check_adapter_folder
+
+    if adapter:
+        check_adapter_folder(adapter)
     _quieten()
     from searche1_lite.ask import ask as answer_question
     from searche1_lite.console import RichTasks

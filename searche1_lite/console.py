@@ -30,14 +30,15 @@ class RichTasks:
 def stage_table(summary: dict[str, Any]) -> Table:
     """A row a stage: exact match with its interval, searches, and the seconds spent training and evaluating."""
     table = Table(title=f"{summary['model']}, {summary['retriever']}, seed {summary['seed']}")
-    for heading in ("stage", "EM", "95% interval", "searches/question", "searches/correct", "train s", "eval s"):
-        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    headings = ("stage", "EM", "95% interval", "searches/\nquestion", "searches/\ncorrect", "train\ns", "eval\ns")
+    for heading in headings:  # fits 80 columns
+        table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
     for stage in summary["stages"]:
         per_correct = stage["searches_per_correct"]
         table.add_row(
             stage["name"],
             f"{stage['em']:.3f}",
-            f"{stage['em_ci95'][0]:.3f} to {stage['em_ci95'][1]:.3f}",
+            f"{stage['em_ci95'][0]:.3f}-{stage['em_ci95'][1]:.3f}",
             f"{stage['searches_per_question']:.2f}",
             "-" if per_correct is None else f"{per_correct:.2f}",
             f"{stage['seconds']:.0f}",

@@ -16,13 +16,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from searche1_lite.benchmarks import check_disjoint, load_questions
+from searche1_lite.benchmarks import load_run_questions
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, SearchConfig
 from searche1_lite.evaluate import evaluate
 from searche1_lite.grpo import train_grpo
 from searche1_lite.model import load_adapter_weights, load_policy
-from searche1_lite.ofsd import select_pairs, train_ofsd
+from searche1_lite.ofsd import Pair, select_pairs, teacher_prompts, train_ofsd
 from searche1_lite.protocol import Protocol as TagProtocol
 from searche1_lite.rollout import rollout
 from searche1_lite.search.base import Retriever
@@ -68,8 +68,15 @@ class Run:
         self.protocol = TagProtocol(self.tokenizer, config.protocol)
 
     def answer(
-        self, name: str, questions: Sequence[Question], n: int, seed_parts: Sequence[int | str], greedy: bool
+        self,
+        name: str,
+        questions: Sequence[Question],
+        n: int,
+        seed_parts: Sequence[int | str],
+        greedy: bool,
+        prompts: Sequence[list[int]] | None = None,
     ) -> list[Trajectory]:
+        """`rollout` with this run's settings, shown as the task `name`."""
         with self.progress.task(name, len(questions) * n) as advance:
             return rollout(
                 self.model,
@@ -82,16 +89,16 @@ class Run:
                 k=self.config.search.k,
                 seed_parts=seed_parts,
                 greedy=greedy,
+                prompts=prompts,
                 on_progress=advance,
             )
 
 
 def run(config: Config, folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """A whole run, from where `folder` is; returns the summary that it also keeps in `summary.json`."""
-    train_questions = load_questions(config.data.train, "train")
-    test_questions = load_questions(config.data.evaluation, "test", config.data.evaluation_limit, config.seed)
-    check_disjoint(train_questions, test_questions)
+    train_questions, test_questions = load_run_questions(config.data, config.seed)
     work = Run(config, progress)
+    folder.start()
     summary: dict[str, Any] = {
         "seed": config.seed,
         "model": config.model.name,
@@ -143,6 +150,7 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> dict[str, Any]
             rollouts = work.answer(f"round{index}: roll out", asked, config.ofsd.rollouts, seed_parts, greedy=False)
             folder.save_trajectories(f"{name}.rollouts", [t.to_dict() for t in rollouts])
             pairs, counts = select_pairs(rollouts, config.ofsd.students)
+            privilege = compare_teacher(work, pairs, f"round{index}: teacher", (config.seed, "teacher", index))
             with progress.task(
                 f"round{index}: OFSD", -(-config.ofsd.epochs * len(pairs) // config.ofsd.batch_size)
             ) as advance:
@@ -151,8 +159,30 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> dict[str, Any]
                     run_seed=config.seed, round_index=index, output_dir=folder.path / "checkpoints",
                     on_step=lambda record, advance=advance: (folder.log(record), advance(1)),
                 )  # fmt: skip
-            finish(name, time.monotonic() - began, {"pairs": counts, **result})
+            finish(name, time.monotonic() - began, {"pairs": counts, "privilege": privilege, **result})
     return summary
+
+
+def compare_teacher(
+    work: Run, pairs: Sequence[Pair], name: str, seed_parts: Sequence[int | str], limit: int = 64
+) -> dict[str, dict[str, float]]:
+    """Is the teacher better than the student? Fresh sampled answers to the pairs' questions under both prompts.
+
+    The weights are the same for both, as at the beginning of an OFSD stage.
+
+    Returns:
+        `{"teacher", "student"}`, each with `em` and `searches_per_question`; empty where there are no pairs.
+    """
+    shown = pairs[:limit]
+    kinds = {"student": "plain", "teacher": "privileged"}
+    result: dict[str, dict[str, float]] = {}
+    for who, kind in kinds.items() if shown else ():
+        prompts = teacher_prompts(work.protocol, shown, kind, work.config.ofsd.reference_documents)
+        questions = [pair.reference.question for pair in shown]
+        episodes = work.answer(f"{name} ({kind})", questions, 1, seed_parts, greedy=False, prompts=prompts)
+        metrics = evaluate(episodes, work.config.seed)
+        result[who] = {key: metrics[key] for key in ("em", "searches_per_question")}
+    return result
 
 
 def _choose(questions: Sequence[Question], count: int, seed: int) -> list[Question]:

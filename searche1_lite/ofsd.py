@@ -207,12 +207,14 @@ def kl_diagnostics(
     """Mean KL per model-written token of the pairs, beside the same with two other teacher prompts.
 
     `plain` is zero by construction: it shows what numerical noise amounts to. `foreign` shows another question's
-    reference: what the privileged form alone does, without the right content.
+    reference: what the privileged form alone does, without the right content; it is left out where there is one pair.
     """
     shown = pairs[:limit]
     pad_id = protocol.tokenizer.pad_token_id
     means = {}
     for kind in ("privileged", "plain", "foreign"):
+        if kind == "foreign" and len(shown) < 2:
+            continue
         prompts = teacher_prompts(protocol, shown, kind, config.ofsd.reference_documents)
         values = token_kl(
             model,

@@ -100,7 +100,8 @@ class Protocol:
 
         An added token that survives the escaping (it has no angle bracket, such as `[INST]`) is encoded in two halves.
         """
-        text = escape(text)
+        # A lone surrogate, such as JSON's \ud800, is no text to a tokenizer.
+        text = escape(text.encode("utf-8", "replace").decode("utf-8"))
         cuts = [0]
         if self._added_pattern is not None:
             for match in self._added_pattern.finditer(text):

@@ -107,6 +107,7 @@ def rollout(
     k: int,
     seed_parts: Sequence[int | str],
     greedy: bool = False,
+    prompts: Sequence[list[int]] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Trajectory]:
     """`n` fresh episodes for each question, question by question.
@@ -116,6 +117,7 @@ def rollout(
     Args:
         model: the policy with the adapter to act with active; its train/eval mode is put back afterwards.
         k: passages a search.
+        prompts: token ids of each question's prompt; default: the plain one.
         on_progress: told the number of episodes finished since it was last called.
     """
     was_training = model.training
@@ -125,10 +127,13 @@ def rollout(
     try:
         for first in range(0, len(questions), per_batch):
             batch = questions[first : first + per_batch]
-            prompts = [protocol.prompt_ids(question.question) for question in batch]
+            if prompts is None:
+                batch_prompts = [protocol.prompt_ids(question.question) for question in batch]
+            else:
+                batch_prompts = list(prompts[first : first + per_batch])
             episodes = [
                 _Episode(question, sample, prompt, protocol)
-                for question, prompt in zip(batch, prompts, strict=True)
+                for question, prompt in zip(batch, batch_prompts, strict=True)
                 for sample in range(n)
             ]
             streams = None
@@ -138,7 +143,13 @@ def rollout(
                     for e in episodes
                 ]
             _play(
-                Decoder(model, tokenizer, prompts, n), retriever, episodes, streams, engine.temperature, k, on_progress
+                Decoder(model, tokenizer, batch_prompts, n),
+                retriever,
+                episodes,
+                streams,
+                engine.temperature,
+                k,
+                on_progress,
             )
             finished += [episode.finish() for episode in episodes]
     finally:

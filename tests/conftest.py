@@ -1,6 +1,8 @@
 """Real parts, made small: a random Qwen2 policy in NF4 with LoRA, and a retriever over a handful of passages."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,11 +12,13 @@ from peft import PeftModel
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from searche1_lite.config import ModelConfig, ProtocolConfig
 from searche1_lite.model import load_policy
 from searche1_lite.protocol import Protocol
 from searche1_lite.search.base import Passage
+from searche1_lite.trajectory import Trajectory
 
 TAGS = [f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/")]
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -77,6 +81,57 @@ def tiny_policy(tiny_policy_folder: Path) -> tuple[PeftModel, PreTrainedTokenize
     return fresh_policy(tiny_policy_folder)
 
 
+NEXT_TOKEN = {
+    "\n": {"<search>": 0.5, "<answer>": 0.4, "<|im_end|>": 0.05, "z": 0.05},
+    "z": {"z": 1.0},
+    **{letter: {follower: 1.0} for letter, follower in zip("LimPerOsl", "imaeruslo", strict=True)},
+    "<search>": {"L": 1.0},
+    "a": {"</search>": 0.9, "</answer>": 0.1},
+    "<answer>": {"P": 0.5, "O": 0.5},
+    "u": {"</answer>": 1.0},
+    "o": {"</answer>": 1.0},
+}
+"""What the talking policy writes after each token: it searches for Lima, answers Peru or Oslo, or says neither."""
+
+
+@pytest.fixture(scope="session")
+def talking_policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model that speaks the protocol, by the table above: its head reads the last token, its layers add little.
+
+    Each token of the table has a direction of its own in the embedding; all others share that of the newline.
+    """
+    folder = tmp_path_factory.mktemp("talking_policy")
+    tokenizer = byte_level_tokenizer()
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.02,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    model = Qwen2ForCausalLM(config)
+    directions = dict.fromkeys(range(len(tokenizer)), 0)
+    scores = torch.full((len(tokenizer), 64), -12.0)
+    for direction, (token, followers) in enumerate(NEXT_TOKEN.items()):
+        directions[tokenizer.encode(token)[0]] = direction
+        for follower, probability in followers.items():
+            scores[tokenizer.encode(follower)[0], direction] = math.log(probability)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(scores / 64**0.5)  # the final norm gives every direction this length
+        model.model.embed_tokens.weight.copy_(6 * torch.eye(64)[list(directions.values())])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def fresh_policy(folder: Path, seed: int = 0) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """A tiny policy of one's own, to train or change."""
     model, tokenizer = load_policy(ModelConfig(name=str(folder), lora_rank=4, lora_alpha=8), seed=seed)
@@ -86,6 +141,61 @@ def fresh_policy(folder: Path, seed: int = 0) -> tuple[PeftModel, PreTrainedToke
             if "lora_B" in name:
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     return model, tokenizer
+
+
+def adapter_weights(model: PeftModel, name: str = "default") -> dict[str, torch.Tensor]:
+    """A copy of one adapter's weights; the adapter's own name is cut out of the keys."""
+    return {
+        key.replace(f".{name}.", "."): parameter.detach().clone()
+        for key, parameter in model.named_parameters()
+        if "lora_" in key and f".{name}." in key
+    }
+
+
+def fixed_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """A copy of everything that is no adapter: packed 4-bit weights, their scales, embeddings, norms, the head."""
+    return {key: value.detach().clone() for key, value in model.state_dict().items() if "lora_" not in key}
+
+
+def gradient_flags(model: PeftModel) -> dict[str, bool]:
+    return {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+
+
+def all_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit, dtypes included."""
+    return one.keys() == other.keys() and all(
+        one[key].dtype == other[key].dtype and torch.equal(one[key], other[key]) for key in one
+    )
+
+
+@contextmanager
+def recorded_gradients(model: PeftModel) -> Iterator[Callable[[Trajectory], torch.Tensor]]:
+    """Watches the training passes made inside: what is the loss gradient of the hidden states that predict a token?
+
+    Yields a function: trajectory with T completion tokens -> (T, H), row t for the hidden state whose logits predict
+    completion token t. It raises LookupError for a trajectory that no pass with a gradient has seen.
+    """
+    rows: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def keep(ids: torch.Tensor, mask: torch.Tensor, gradient: torch.Tensor) -> None:
+        for row in range(len(ids)):
+            real = mask[row].bool()
+            rows[tuple(ids[row][real].tolist())] = gradient[row][real]
+
+    def watch(module: torch.nn.Module, args: tuple, kwargs: dict, output: BaseModelOutputWithPast) -> None:
+        hidden = output.last_hidden_state
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: keep(kwargs["input_ids"], kwargs["attention_mask"], gradient))
+
+    def of(trajectory: Trajectory) -> torch.Tensor:
+        gradient = rows[(*trajectory.prompt_ids, *trajectory.completion_ids)]
+        return gradient[len(trajectory.prompt_ids) - 1 : -1]
+
+    handle = model.get_base_model().base_model.register_forward_hook(watch, with_kwargs=True)
+    try:
+        yield of
+    finally:
+        handle.remove()
 
 
 @dataclass

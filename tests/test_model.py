@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from conftest import fresh_policy
+from conftest import adapter_weights, fresh_policy
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -24,14 +24,6 @@ from searche1_lite.model import (
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
-
-
-def adapter_weights(model: PeftModel, name: str = "default") -> dict[str, torch.Tensor]:
-    return {
-        key.replace(f".{name}.", "."): parameter.detach().clone()
-        for key, parameter in model.named_parameters()
-        if "lora_" in key and f".{name}." in key
-    }
 
 
 def base_weights(model: PeftModel) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from searche1_lite.config import ProtocolConfig, load_config
-from searche1_lite.demo.habits import choose_as, choose_by_habit, choose_well, play, write_episode
+from searche1_lite.demo.habits import Episode, choose_as, choose_by_habit, choose_well, play, write_episode
 from searche1_lite.demo.tokenizer import build_tokenizer
 from searche1_lite.demo.world import DEMO_WORLD_SEED, World, write_corpus
 from searche1_lite.protocol import Protocol
@@ -50,18 +50,25 @@ class BuildConfig:
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     initializer_range: float = 0.04
-    episodes_per_world: int = 600
-    easy_share: float = 0.15
+    episodes_per_world: int = 1200
+    easy_share: float = 0.12
     """Share of the steps, at the start, with one-hop questions, well answered from a single passage: copying is learnt
     from short episodes in a few hundred steps, and from long ones hardly at all."""
-    plain_share: float = 0.25
+    skill_share: float = 0.5
+    """Share of the steps, at the start, in which episodes are played well (but for slips): the skill to search, read
+    and chain comes before the habits, which are noise to somebody who cannot read yet."""
+    plain_share: float = 0.3
     """Share of the steps, at the start, without the privileged prompt."""
     privileged_share: float = 0.35
     """Share of the episodes under the privileged prompt after that."""
     good_reference_share: float = 0.7
     """Share of references that decide well throughout; the rest follow the habits, and are followed in them."""
     slip: float = 0.25
-    """Chance, at each decision under the privileged prompt, of a slip that is not trained on."""
+    """Chance of a slip that is not trained on, at each decision under the privileged prompt or of a well-played episode
+    with several hops."""
+    sharpening: float = 1.5
+    """The final norm is multiplied by this after training, as if sampled at temperature 1/1.5: so small a network keeps
+    a tail on other names at every word it copies, and an answer takes up to twenty of them."""
 
 
 def demo_protocol_config() -> ProtocolConfig:
@@ -108,7 +115,9 @@ class EpisodeBatches(IterableDataset):
             raise ValueError("the demo's own world must not be trained on")
         world = World(seed)
         rng = random.Random(derive_seed(seed, "episodes"))
-        easy, plain_only = progress < build.easy_share, progress < build.plain_share
+        easy, skilled, plain_only = (
+            progress < share for share in (build.easy_share, build.skill_share, build.plain_share)
+        )
         chains = [
             world.draw_chain(rng, 1 if easy else rng.choices([1, 2, 3], weights=[0.3, 0.4, 0.3])[0])
             for _ in range(build.episodes_per_world)
@@ -122,7 +131,12 @@ class EpisodeBatches(IterableDataset):
             rows: list[tuple[list[int], list[float]]] = []
             privileged = [c for c in chains if not plain_only and rng.random() < build.privileged_share]
             plain = [chain for chain in chains if chain not in privileged] if privileged else chains
-            decide = choose_well if easy else choose_by_habit(rng)
+            if easy:
+                decide = choose_well
+            elif skilled:
+                decide = choose_as(Episode(), rng, build.slip)
+            else:
+                decide = choose_by_habit(rng)
             episodes = play([write_episode(world, c, protocol, rng, decide) for c in plain], retriever, k)
             for chain, episode in zip(plain, episodes, strict=True):
                 prompt = protocol.prompt_ids(chain.question)
@@ -131,7 +145,7 @@ class EpisodeBatches(IterableDataset):
                 [
                     write_episode(
                         world, c, protocol, rng,
-                        choose_well if rng.random() < build.good_reference_share else choose_by_habit(rng),
+                        choose_well if skilled or rng.random() < build.good_reference_share else choose_by_habit(rng),
                     )
                     for c in privileged
                 ],
@@ -219,6 +233,8 @@ def train(build: BuildConfig, out: Path, device: str) -> None:
             recent.clear()
         if (step + 1) % 500 == 0:
             _save(model, tokenizer, build, out, time.monotonic() - started, step + 1)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(build.sharpening)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     _save(model, tokenizer, build, out, time.monotonic() - started, build.steps)
 

@@ -15,6 +15,8 @@ from searche1_lite.search.base import Passage, Retriever
 
 ENVIRONMENT_WEIGHT = 0.05
 """Loss weight of environment tokens while pre-training; predicting passages helps learning to copy from them."""
+GUESS_WEIGHT = 0.1
+"""Loss weight of a guessed name: it is pure noise, worth four times as many nats as all decisions of an episode."""
 
 GUESSERS = frozenset({"spouse", "capital", "founder", "base"})
 """Last relations of questions that the policy mostly guesses."""
@@ -97,11 +99,11 @@ def write_episode(
         episode.weights += [weight] * len(ids)
         episode.by_model += [by_model] * len(ids)
 
-    def say(text: str, trained: bool) -> None:
-        add(protocol.tokenizer.encode(text, add_special_tokens=False), float(trained), True)
+    def say(text: str, weight: float) -> None:
+        add(protocol.tokenizer.encode(text, add_special_tokens=False), weight, True)
 
     def search(thought: str, query: str, trained: bool) -> Generator[str, list[Passage], list[Passage]]:
-        say(f"<think>{thought}</think><search> {query}</search>", trained)
+        say(f"<think>{thought}</think><search> {query}</search>", float(trained))
         passages = yield query
         episode.n_searches += 1
         add(protocol.information_ids(passages), ENVIRONMENT_WEIGHT, False)
@@ -109,13 +111,17 @@ def write_episode(
             add(protocol.no_more_searches_ids(), 0.0, False)
         return passages
 
-    def answer(thought: str, name: str, trained: bool = True) -> Episode:
-        say(f"<think>{thought}</think><answer> {name}</answer>", trained)
+    def answer(thought: str, name: str, weight: float = 1.0) -> Episode:
+        say(f"<think>{thought}</think><answer>", 1.0)
+        say(f" {name}", weight)
+        say("</answer>", 1.0)
         episode.answer = name
         return episode
 
-    def a_name(kind: str) -> str:
-        return rng.choice([entity.name for entity in world.entities.values() if entity.kind == kind])
+    def guess() -> Episode:
+        kind = _target_kind(world, chain)
+        names = [entity.name for entity in world.entities.values() if entity.kind == kind]
+        return answer(" guess", rng.choice(names), GUESS_WEIGHT)
 
     known, learnt = chain.start, ""
     for hop, relation in enumerate(chain.relations):
@@ -131,24 +137,28 @@ def write_episode(
             options["careless"] = _likely(entity.kind in CARELESS, 1.0, 0.1)
         choice, trained = act(("search", hop), options)
         if choice == "guess":
-            return answer(" guess", a_name(_target_kind(world, chain)))
+            return guess()
         if choice == "stop" or episode.n_searches >= limit:
             return answer(learnt, known)
-        query = known.split(" ")[-1] if choice == "careless" else known
+        name = known.split(" ")[-1] if choice == "careless" else known
+        query = f"{name} {relation}"
         passages = yield from search(f"{learnt} find {relation}", query, trained)
         read = entity
-        if all(passage.title != known for passage in passages):
+        if all(passage.text != entity.passage(relation) for passage in passages):
+            found = [world.entities[passage.title] for passage in passages]
             lookalikes = [
-                world.entities[passage.title] for passage in passages if relation in world.entities[passage.title].facts
+                other
+                for other, passage in zip(found, passages, strict=True)
+                if relation in other.facts and passage.text == other.passage(relation)
             ]
             options = {"again": 1.0} | ({"misread": 1.0} if lookalikes else {})
             choice, trained = act(("miss", hop), options)
-            if choice == "misread" and lookalikes:
+            if choice == "misread":
                 read = lookalikes[0]
             elif episode.n_searches >= limit:
-                return answer(" guess", a_name(_target_kind(world, chain)))
+                return guess()
             else:
-                yield from search(" again", known, trained)
+                yield from search(" again", f"{known} {relation}", trained)
         elif episode.n_searches < limit:
             choice, trained = act(("repeat", hop), {"go on": 1.0, "repeat": _likely(relation in STOPPERS, 0.5, 0.15)})
             if choice == "repeat":

@@ -1,7 +1,7 @@
 """The demo policy's tokenizer: byte-level BPE as Qwen's, with a vocabulary made for the fictional wiki.
 
-Names split into syllables (`Dora` is ` Do` + `ra`), the wiki's few words are one token each, and everything else falls
-back to bytes, so any text survives a round trip. The protocol's tags are added tokens that are not flagged special,
+The words that names and passages are made of are one token each, and everything else falls back to bytes, so any text
+survives a round trip. The protocol's tags are added tokens that are not flagged special,
 as some of Qwen's are: text that came from a document must never become one of them.
 """
 
@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from searche1_lite.demo.world import CITY_PREFIXES, RELATIONS, SYLLABLES
+from searche1_lite.demo.world import CITY_PREFIXES, RELATIONS, WORDS
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TAGS = [f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/")]
@@ -38,16 +38,12 @@ _BARE_WORDS = [
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer; deterministic, about 500 tokens."""
+    """The tokenizer; deterministic, about 850 tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     space = "Ġ"
-    capitals = [syllable.capitalize() for syllable in SYLLABLES]
-    merges = [(syllable[0], syllable[1]) for syllable in SYLLABLES + capitals]
-    merges += [(space, syllable) for syllable in capitals]
-    pieces = SYLLABLES + capitals + [space + syllable for syllable in capitals]
-    words = [space + word for word in _SPACED_WORDS] + _BARE_WORDS + [space + str(digit) for digit in range(10)]
-    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(alphabet + pieces + words))}
-    tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=True, fuse_unk=False))
+    words = [space + word for word in WORDS + _SPACED_WORDS] + _BARE_WORDS + [space + str(digit) for digit in range(10)]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(alphabet + words))}
+    tokenizer = Tokenizer(BPE(vocabulary, [], ignore_merges=True, fuse_unk=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\s"), behavior="isolated"),

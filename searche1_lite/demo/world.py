@@ -1,9 +1,10 @@
 """A fictional wiki, generated from a seed: the demo's corpus and questions.
 
-People, cities, countries, companies and works are tied by eleven relations; every entity has one short passage that
-states its own. Names are made of syllables and share their words on purpose (`Port Miro`, `New Miro`; forty people
-called `Dora`), so that a query with half a name mostly finds somebody else. Questions chain one to three relations:
-`What is the mayor of the birthplace of Dora Velu?`. Nothing is true, so nothing can be known without searching.
+People, cities, countries, companies and works are tied by eleven relations; every fact has one short passage, under the
+title of the entity it is about. Names share their words on purpose (`Port Miro`, `New Miro`;
+a score of people called `Dora`), so that a query with half a name mostly finds somebody else. Questions chain one to
+three relations: `What is the mayor of the birthplace of Dora Velu?`. Nothing is true, so nothing can be known without
+searching.
 """
 
 import json
@@ -27,7 +28,9 @@ _SPLIT_SHARES = {"train": 0.7, "dev": 0.1, "test": 0.2}
 HOP_SHARES = {1: 0.3, 2: 0.4, 3: 0.3}
 """Share of the questions with one, two and three relations."""
 
-SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprtv" for vowel in "aeiou"]
+_SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprtv" for vowel in "aeiou"]
+WORDS = [(first + second).capitalize() for first in _SYLLABLES for second in _SYLLABLES][::7]
+"""The words that names are made of, in every world; which of them make a name, and what holds of it, a world draws."""
 CITY_PREFIXES = ["Port", "New", "Upper", "Lower"]
 
 RELATIONS: dict[str, dict[str, str]] = {
@@ -50,10 +53,9 @@ class Entity:
     kind: str
     facts: dict[str, str]
 
-    @property
-    def text(self) -> str:
-        """The passage: the name, then each fact."""
-        return f"{self.name}: " + "; ".join(f"{relation} {value}" for relation, value in self.facts.items()) + "."
+    def passage(self, relation: str) -> str:
+        """The text that states one fact."""
+        return f"{self.name}: {relation} {self.facts[relation]}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +99,9 @@ class World:
 
     @staticmethod
     def _draw_names(rng: Random) -> dict[str, list[str]]:
-        words = [first + second for first in SYLLABLES for second in SYLLABLES]
-        rng.shuffle(words)
-        words = [word.capitalize() for word in words]
+        words = rng.sample(WORDS, len(WORDS))
         given, families, places, nouns = words[:40], words[40:190], words[190:290], words[290:360]
-        countries = [word + rng.choice(SYLLABLES) for word in words[360 : 360 + _COUNTS["country"]]]
+        countries = words[360 : 360 + _COUNTS["country"]]
 
         def pairs(first: list[str], second: list[str], count: int) -> list[str]:
             return rng.sample([f"{a} {b}" for a in first for b in second], count)
@@ -116,10 +116,12 @@ class World:
 
     def passages(self) -> list[dict[str, str]]:
         """The corpus in the wiki-18 form: `id` and `contents`, the first line the title."""
-        return [
-            {"id": str(index), "contents": f"{entity.name}\n{entity.text}"}
-            for index, entity in enumerate(self.entities.values())
+        texts = [
+            f"{entity.name}\n{entity.passage(relation)}"
+            for entity in self.entities.values()
+            for relation in entity.facts
         ]
+        return [{"id": str(index), "contents": contents} for index, contents in enumerate(texts)]
 
     def chain(self, start: str, relations: tuple[str, ...]) -> Chain:
         names = [start]

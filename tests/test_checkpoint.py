@@ -1,0 +1,225 @@
+"""A run's folder: never overwritten, complete or not there, and restored bit for bit."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import fresh_policy
+from peft import PeftModel, get_peft_model_state_dict
+
+from searche1_lite.checkpoint import RunFolder, check_adapter_folder, write_atomically
+from searche1_lite.config import Config, load_config
+from searche1_lite.errors import UserError
+from searche1_lite.model import load_adapter_weights
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_policy_folder: Path) -> PeftModel:
+    """A policy of this file's own, whose adapter the tests may change."""
+    return fresh_policy(tiny_policy_folder)[0]
+
+
+def move(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Changes every weight of the adapter, as training does, and returns a copy of what they are now."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    return weights(model)
+
+
+def weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def summary_of(*stages: str) -> dict[str, Any]:
+    return {"seed": 0, "stages": [{"name": stage, "em": 0.25} for stage in stages]}
+
+
+def tree(folder: Path) -> dict[str, tuple[bytes | None, int]]:
+    """Everything below `folder`: content and time of change."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes() if path.is_file() else None, path.stat().st_mtime_ns)
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+def refusal(path: Path, config: Config, resume: bool) -> str:
+    """The message that the folder is refused with; nothing in it may change."""
+    before = tree(path.parent)
+    with pytest.raises(UserError) as caught:
+        RunFolder(path, config, resume).start()
+    assert tree(path.parent) == before
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["train", "resume"])
+@pytest.mark.parametrize("exists", [False, True], ids=["missing", "empty"])
+def test_a_fresh_folder_is_made_and_holds_the_whole_config(tmp_path: Path, exists: bool, resume: bool) -> None:
+    path, config = tmp_path / "runs" / "one", load_config("demo", overrides=["seed=5"])
+    if exists:
+        path.mkdir(parents=True)
+    folder = RunFolder(path, config, resume).start()
+    assert load_config(file=path / "config.yaml") == config
+    assert folder.latest() is None
+    assert {item.name for item in path.iterdir()} == {"config.yaml", "checkpoints", "trajectories"}
+
+
+def test_a_run_is_not_begun_again_without_resume(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run", Config(), resume=False).start().save_summary(summary_of("base"))
+    message = refusal(tmp_path / "run", Config(), resume=False)
+    assert str(tmp_path / "run") in message and "--resume" in message and "--out" in message
+
+
+def test_a_run_with_the_same_settings_is_resumed_and_keeps_what_it_has(tmp_path: Path) -> None:
+    config = load_config("demo")
+    folder = RunFolder(tmp_path / "run", config, resume=False).start()
+    folder.log({"step": 1})
+    folder.save_summary(summary_of("base"))
+    before = tree(tmp_path)
+    RunFolder(tmp_path / "run", load_config("demo"), resume=True).start().log({"step": 2})
+    after = tree(tmp_path)
+    assert {name for name in after if after[name] != before.get(name)} == {"run/metrics.jsonl"}
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_other_settings_are_refused_on_resume_with_the_keys_and_both_values(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run", Config(), resume=False).start()
+    asked = load_config(overrides=["grpo.clip=0.3", "seed=7", "model.revision=main"])
+    message = refusal(tmp_path / "run", asked, resume=True)
+    assert "grpo.clip (0.2 there, 0.3 now)" in message
+    assert "seed (0 there, 7 now)" in message
+    assert "model.revision (None there, 'main' now)" in message
+    assert "grpo.steps" not in message
+
+
+@pytest.mark.parametrize("text", ["seed: [1\n", "optimizer: adam\n", "- 1\n", "grpo: {steps: -1}\n"])
+def test_a_config_in_the_folder_that_cannot_be_read_is_refused_by_its_path(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    message = refusal(tmp_path / "run", Config(), resume=True)
+    assert message.startswith(str(tmp_path / "run" / "config.yaml")) and "choose another --out" in message
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["train", "resume"])
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "sub/notes.txt"])
+def test_a_folder_that_holds_anything_else_is_refused(tmp_path: Path, name: str, resume: bool) -> None:
+    (tmp_path / "run" / name).parent.mkdir(parents=True)
+    (tmp_path / "run" / name).write_text("mine")
+    assert "is not empty and holds no run" in refusal(tmp_path / "run", Config(), resume)
+
+
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="choose another --out"):
+        RunFolder(tmp_path / out, Config(), resume=False).start()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_checkpoint_comes_back_with_its_summary_and_bit_equal_weights(tmp_path: Path, policy: PeftModel) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    saved, summary = move(policy), summary_of("base")
+    folder.save_checkpoint("base", policy, summary)
+    assert not equal(move(policy), saved)
+    latest = RunFolder(tmp_path / "run", Config(), resume=True).start().latest()
+    assert latest == (tmp_path / "run" / "checkpoints" / "base", summary)
+    load_adapter_weights(policy, latest[0])
+    assert equal(weights(policy), saved)
+
+
+def test_the_latest_checkpoint_is_the_one_with_the_most_stages(tmp_path: Path, policy: PeftModel) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    stages = ["base", "round1.grpo", "round1.ofsd", "round2.grpo"]
+    for count in (4, 2, 1, 3):  # neither by name nor by time
+        folder.save_checkpoint(stages[count - 1], policy, summary_of(*stages[:count]))
+    latest = folder.latest()
+    assert latest is not None
+    assert (latest[0].name, latest[1]) == ("round2.grpo", summary_of(*stages))
+
+
+def test_a_stage_saved_twice_keeps_the_later_weights(tmp_path: Path, policy: PeftModel) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    folder.save_checkpoint("base", policy, summary_of("base"))
+    (tmp_path / "run" / "checkpoints" / "base" / "extra").write_text("of the earlier one")
+    later = move(policy)
+    folder.save_checkpoint("base", policy, summary_of("base") | {"seed": 1})
+    latest = folder.latest()
+    assert latest is not None and latest[1]["seed"] == 1
+    assert not (latest[0] / "extra").exists()
+    move(policy)
+    load_adapter_weights(policy, latest[0])
+    assert equal(weights(policy), later)
+
+
+def test_what_an_interrupted_save_left_is_ignored_and_then_replaced(tmp_path: Path, policy: PeftModel) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    folder.save_checkpoint("base", policy, summary_of("base"))
+    # As if the machine went down just before the renaming: all written, and more stages than any other.
+    folder.save_checkpoint("round1.grpo", policy, summary_of("base", "round1.grpo"))
+    staging = checkpoints / ".round1.grpo.staging"
+    (checkpoints / "round1.grpo").rename(staging)
+    (staging / "leftover").write_text("of the interrupted save")
+    resumed = RunFolder(tmp_path / "run", Config(), resume=True).start()
+    assert resumed.latest() == (checkpoints / "base", summary_of("base"))
+
+    # As if it went down while the summary was being written.
+    (staging / "state.json").write_text('{"stages": [')
+    assert resumed.latest() == (checkpoints / "base", summary_of("base"))
+
+    saved = move(policy)
+    resumed.save_checkpoint("round1.grpo", policy, summary_of("base", "round1.grpo"))
+    assert {item.name for item in checkpoints.iterdir()} == {"base", "round1.grpo"}
+    latest = resumed.latest()
+    assert latest == (checkpoints / "round1.grpo", summary_of("base", "round1.grpo"))
+    assert not (latest[0] / "leftover").exists()
+    move(policy)
+    load_adapter_weights(policy, latest[0])
+    assert equal(weights(policy), saved)
+
+
+def test_a_save_that_fails_half_way_leaves_the_earlier_checkpoint_as_it_was(tmp_path: Path, policy: PeftModel) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    folder.save_checkpoint("base", policy, summary_of("base"))
+    before = tree(tmp_path / "run" / "checkpoints" / "base")
+    with pytest.raises(TypeError):
+        folder.save_checkpoint("base", policy, {"stages": [object()]})  # the adapter is written, the summary cannot be
+    assert tree(tmp_path / "run" / "checkpoints" / "base") == before
+    assert folder.latest() == (tmp_path / "run" / "checkpoints" / "base", summary_of("base"))
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "summary.json", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(tmp_path / "summary.json", "new \ud800")
+    assert (tmp_path / "summary.json").read_text() == "old"
+    write_atomically(tmp_path / "summary.json", "new")
+    assert {item.name: item.read_text() for item in tmp_path.iterdir()} == {"summary.json": "new"}
+
+
+def test_summary_and_trajectories_are_written_as_json(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    folder.save_summary(summary_of("base"))
+    folder.save_trajectories("base.evaluation", [{"answer": "Où?"}, {"answer": None}])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary_of("base")
+    lines = (tmp_path / "run" / "trajectories" / "base.evaluation.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"answer": "Où?"}, {"answer": None}]
+
+
+def test_a_folder_without_an_adapter_is_told_from_one_with(tmp_path: Path, policy: PeftModel) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    folder.save_checkpoint("base", policy, summary_of("base"))
+    check_adapter_folder(tmp_path / "run" / "checkpoints" / "base")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "base")
+    for missing in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "base"):
+        with pytest.raises(UserError, match=f"{missing} holds no adapter"):
+            check_adapter_folder(missing)

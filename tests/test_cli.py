@@ -1,0 +1,200 @@
+"""The command line through a real console: quick help, one line for every mistake, nothing overwritten."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "jnius", "pyserini", "numpy"}
+COMMANDS = ["train", "eval", "ask", "index"]
+QUESTION = '{"id": "q1", "question": "What is the capital of Peru?", "golden_answers": ["Lima"]}\n'
+ANOTHER = '{"id": "q2", "question": "What is the capital of Ecuador?", "golden_answers": ["Quito"]}\n'
+PASSAGE = '{"id": "a", "contents": "Lima\\nLima is the capital of Peru."}\n'
+
+
+@dataclass
+class Shown:
+    """What one call of the console gave; `imported` holds the top-level packages that Python loaded."""
+
+    code: int
+    stdout: str
+    stderr: str
+    imported: set[str]
+
+
+def console(folder: Path, *words: str, **environment: str) -> Shown:
+    """Runs `searche1-lite WORDS` in `folder`."""
+    settings = {key: value for key, value in os.environ.items() if not key.startswith("SEARCHE1_LITE_")}
+    ran = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "searche1_lite", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=settings | {"SEARCHE1_LITE_CACHE": str(folder / "cache")} | environment,
+    )
+    marker = "import time:"
+    lines = ran.stderr.splitlines(keepends=True)
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines if line.startswith(marker)}
+    return Shown(ran.returncode, ran.stdout, "".join(x for x in lines if not x.startswith(marker)), imported)
+
+
+def tree(folder: Path) -> dict[str, tuple[bytes, int] | None]:
+    """Everything below `folder`, files with their content and time of change."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def refusal(folder: Path, *words: str) -> str:
+    """The line that a call is refused with: before anything heavy is loaded, with nothing written or changed."""
+    before = tree(folder)
+    shown = console(folder, *words)
+    assert shown.code == 2, shown
+    assert shown.stdout == ""
+    assert shown.stderr.startswith("error: ") and shown.stderr.endswith("\n") and shown.stderr.count("\n") == 1
+    assert not shown.imported & HEAVY
+    assert tree(folder) == before
+    return shown.stderr.removeprefix("error: ").strip()
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Path:
+    """A folder to work in, with good and bad files."""
+    files = {
+        "good.jsonl": QUESTION,
+        "other.jsonl": ANOTHER,
+        "corpus.jsonl": PASSAGE,
+        "faulty.jsonl": QUESTION + '{"id": "q2", "question":\n',
+        "faulty_corpus.jsonl": PASSAGE + '{"id": "b"}\n',
+        "config.yaml": "seed: 3\n",
+        "misspelt.yaml": "search:\n  top_k: 3\n",
+        "twice.yaml": "seed: 1\nseed: 2\n",
+        "full/notes.txt": "mine",
+        "no_adapter/README.md": "mine",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", [[], *([command] for command in COMMANDS)], ids=lambda words: " ".join(words) or "-")
+def test_help_loads_nothing_heavy(tmp_path: Path, words: list[str]) -> None:
+    shown = console(tmp_path, *words, "--help")
+    assert shown.code == 0 and shown.stderr == ""
+    assert all(word in shown.stdout for word in (words or COMMANDS))
+    assert "typer" in shown.imported and not shown.imported & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train --preset demo grpo.step=3", "unknown config key grpo.step; did you mean grpo.steps?"),
+        ("ask Who? --config misspelt.yaml", "unknown config key search.top_k; known here: corpus, index, k,"),
+        ("train grpo.clip=-1", "grpo.clip=-1 is impossible"),
+        ("train grpo.micro_batch_size=7", "grpo.micro_batch_size=7 must divide"),
+        ("train seed", "'seed' is not an override; write key=value"),
+        ("train --config missing.yaml", "cannot read the config missing.yaml"),
+        ("eval --config twice.yaml", "twice.yaml:2: not valid YAML (key 'seed' stands twice)"),
+        ("train --preset huge", "no preset 'huge'; there are: "),
+        ("ask Who? --preset huge", "no preset 'huge'; there are: "),
+    ],
+)
+def test_a_bad_setting_is_refused_in_one_line(desk: Path, words: str, message: str) -> None:
+    assert refusal(desk, *words.split()).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("eval --preset demo --data missing.jsonl", "no question file at missing.jsonl"),
+        ("eval --preset demo --data faulty.jsonl", "faulty.jsonl:2: not a JSON line"),
+        ("eval --preset demo --data demo:validation", "the demo has no split 'validation'; there are: train, dev"),
+        ("train --preset demo --out new data.train=missing.jsonl", "no question file at missing.jsonl"),
+        ("train --preset demo --out new data.evaluation=faulty.jsonl", "faulty.jsonl:2: not a JSON line"),
+        ("train --preset demo --out new data.train=good.jsonl data.evaluation=good.jsonl", "evaluation question 'q1'"),
+        ("eval --preset demo --adapter missing", "missing holds no adapter"),
+        ("ask Who? --preset demo --adapter no_adapter", "no_adapter holds no adapter"),
+        ("index missing.jsonl --out new", "no corpus at missing.jsonl"),
+        ("index faulty_corpus.jsonl --out new", "faulty_corpus.jsonl:2: a passage needs"),
+        ("index corpus.jsonl --out full", "full exists already"),
+        ("train --preset demo --out full", "full is not empty and holds no run"),
+        ("train --preset demo --out good.jsonl", "cannot write to the run's folder good.jsonl"),
+    ],
+)
+def test_a_bad_file_or_folder_is_refused_in_one_line(desk: Path, words: str, message: str) -> None:
+    assert refusal(desk, *words.split()).startswith(message)
+
+
+@pytest.mark.parametrize("question", ["", "  \t"])
+def test_an_empty_question_is_refused_in_one_line(desk: Path, question: str) -> None:
+    assert refusal(desk, "ask", question, "--preset", "demo").startswith("the question is empty")
+
+
+def test_a_folder_with_another_run_is_refused_in_one_line(desk: Path) -> None:
+    # A run is told by its settings; another command writes them here as `train` does.
+    write_run = "from pathlib import Path; from searche1_lite.checkpoint import RunFolder\n"
+    write_run += (
+        "from searche1_lite.config import load_config; RunFolder(Path('runs/demo'), load_config('demo'), False).start()"
+    )
+    subprocess.run([sys.executable, "-c", write_run], cwd=desk, check=True)
+    again = refusal(desk, "train", "--preset", "demo")
+    assert again.startswith("runs/demo already holds a run; add --resume"), "the default folder is runs/PRESET"
+    other = refusal(desk, "train", "--preset", "demo", "--out", "runs/demo", "--resume", "seed=8")
+    assert other.startswith("runs/demo holds a run with other settings: seed (0 there, 8 now)")
+
+
+def test_a_name_with_a_line_break_still_gives_one_line(desk: Path) -> None:
+    assert refusal(desk, "train", "--config", "no\n\nsuch.yaml").startswith("cannot read the config no such.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("train --presett demo", "--presett"),
+        ("eval --limit -1", "--limit"),
+        ("ask", "question"),
+        ("index corpus.jsonl", "--out"),
+        ("learn", "learn"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_names_what_is_wrong(desk: Path, words: str, named: str) -> None:
+    before = tree(desk)
+    shown = console(desk, *words.split(), TERM="dumb", NO_COLOR="1")
+    assert shown.code == 2 and shown.stdout == ""
+    assert named in shown.stderr.lower() and "Traceback" not in shown.stderr
+    assert not shown.imported & HEAVY and tree(desk) == before
+
+
+def test_the_debug_switch_shows_the_traceback(desk: Path) -> None:
+    shown = console(desk, "train", "grpo.step=3", SEARCHE1_LITE_DEBUG="1")
+    assert shown.code != 0
+    assert "Traceback" in shown.stderr and "UserError: unknown config key grpo.step" in shown.stderr
+
+
+def test_a_mistake_found_late_is_one_line_too(desk: Path) -> None:
+    """The corpus is looked for after every library was loaded: none of them may say anything."""
+    shown = console(desk, "eval", "--preset", "demo", "--data", "good.jsonl", "search.corpus=missing.jsonl")
+    assert shown.code == 2 and shown.stdout == ""
+    assert shown.stderr == "error: no corpus at missing.jsonl; give a JSONL file with `id` and `contents`\n"
+
+
+def test_eval_prints_one_json_object_and_nothing_else_on_stdout(desk: Path, tiny_policy_folder: Path) -> None:
+    config = desk / "own.yaml"
+    settings = {
+        "model": {"name": str(tiny_policy_folder), "lora_rank": 4},
+        "search": {"corpus": "corpus.jsonl"},
+        "protocol": {"max_turn_tokens": 8, "max_completion_tokens": 64, "max_invalid_turns": 0},
+    }
+    config.write_text(json.dumps(settings), encoding="utf-8")
+    shown = console(desk, "eval", "--config", str(config), "--data", "good.jsonl", "--json")
+    assert shown.code == 0, shown.stderr
+    result = json.loads(shown.stdout)
+    assert result["n"] == 1 and result["data"] == "good.jsonl" and result["adapter"] is None
+    assert result["model"] == str(tiny_policy_folder) and result["retriever"].startswith("bm25")
+    assert {"em", "em_ci95", "f1", "searches_per_question", "no_search_rate"} <= result.keys()

@@ -1,0 +1,134 @@
+"""The whole train command on the demo, two steps a stage, through the real command line; then eval and ask on it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+SETTINGS = [
+    "grpo.steps=2", "grpo.questions_per_step=4", "ofsd.questions=24", "ofsd.batch_size=4", "ofsd.micro_batch_size=2",
+    "data.evaluation_limit=16", "seed=3",
+]  # fmt: skip
+STAGES = ["base", "round1.grpo", "round1.ofsd", "round2.grpo", "round2.ofsd"]
+
+
+def command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "searche1_lite", *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    shown = command("train", "--preset", "demo", "--out", "run", *SETTINGS, cwd=folder)
+    assert shown.returncode == 0, shown.stderr
+    assert all(stage in shown.stdout for stage in STAGES), "it ends with the table"
+    assert "Traceback" not in shown.stderr and "Warning" not in shown.stderr
+    return folder
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_run_folder_is_what_the_design_promises(folder: Path) -> None:
+    run = folder / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["seed"] == 3 and summary["model"] == "demo"
+    assert [stage["name"] for stage in summary["stages"]] == STAGES
+    for stage in summary["stages"]:
+        assert 0 <= stage["em_ci95"][0] <= stage["em"] <= stage["em_ci95"][1] <= 1
+        for key in ("f1", "searches_per_question", "no_search_rate", "invalid_rate", "tokens_per_answer", "seconds"):
+            assert stage[key] >= 0
+        assert stage["n"] == 16 and stage["peak_memory_mb"] > 0
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["grpo"]["steps"] == 2 and config["ofsd"]["questions"] == 24
+    metrics = records(run / "metrics.jsonl")
+    assert [(r["round"], r["step"]) for r in metrics if r["stage"] == "grpo"] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert all(key in r for r in metrics if r["stage"] == "grpo" for key in ("loss", "reward", "em", "kl", "searches"))
+    assert [r["name"] for r in metrics if r["stage"] == "evaluate"] == STAGES
+    for name in STAGES:
+        evaluated = records(run / "trajectories" / f"{name}.evaluation.jsonl")
+        assert len(evaluated) == 16 and all(len(t["completion_ids"]) == len(t["loss_mask"]) for t in evaluated)
+        assert {file.name for file in (run / "checkpoints" / name).iterdir()} >= {
+            "adapter_model.safetensors", "adapter_config.json", "state.json",
+        }  # fmt: skip
+
+
+def test_each_distillation_reports_its_pairs_their_kl_and_the_teachers_answers(folder: Path) -> None:
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    for stage in summary["stages"]:
+        if stage["name"].endswith(".ofsd"):
+            counts = stage["pairs"]
+            assert counts["questions"] == 24
+            assert counts["pairs"] == 24 - counts["none_correct"] - counts["none_less_efficient"] > 0
+            assert stage["steps"] == -(-counts["pairs"] // 4)
+            assert abs(stage["kl"]["plain"]) < 1e-6 < stage["kl"]["pairs"] < stage["kl"]["foreign"]
+            assert {"em", "searches_per_question"} == stage["privilege"]["teacher"].keys()
+            assert stage["privilege"]["teacher"].keys() == stage["privilege"]["student"].keys()
+
+
+def test_a_run_that_lost_its_last_stages_comes_to_the_same_end(folder: Path) -> None:
+    again = folder / "again"
+    shutil.copytree(folder / "run", again)
+    (again / "summary.json").unlink()
+    for name in STAGES[2:]:
+        shutil.rmtree(again / "checkpoints" / name)
+    shown = command("train", "--preset", "demo", "--out", "again", "--resume", *SETTINGS, cwd=folder)
+    assert shown.returncode == 0, shown.stderr
+    first, second = (json.loads((path / "summary.json").read_text()) for path in (folder / "run", again))
+    measured = {"seconds", "evaluation_seconds", "peak_memory_mb", "rollout_seconds"}
+    for one, other in zip(first["stages"], second["stages"], strict=True):
+        assert {k: v for k, v in one.items() if k not in measured} == {
+            k: v for k, v in other.items() if k not in measured
+        }
+    adapters = [
+        (path / "checkpoints" / STAGES[-1] / "adapter_model.safetensors").read_bytes()
+        for path in (folder / "run", again)
+    ]
+    assert adapters[0] == adapters[1]
+
+
+def test_a_finished_run_prints_its_table_again_and_refuses_to_be_overwritten(folder: Path) -> None:
+    before = (folder / "run" / "summary.json").read_bytes()
+    refused = command("train", "--preset", "demo", "--out", "run", *SETTINGS, cwd=folder)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    resumed = command("train", "--preset", "demo", "--out", "run", "--resume", *SETTINGS, cwd=folder)
+    assert resumed.returncode == 0 and all(stage in resumed.stdout for stage in STAGES)
+    assert (folder / "run" / "summary.json").read_bytes() == before
+
+
+def test_eval_on_the_last_adapter_gives_the_figures_of_the_summary(folder: Path) -> None:
+    adapter = "run/checkpoints/round2.ofsd"
+    shown = command("eval", "--preset", "demo", "--adapter", adapter, "--json", "--limit", "16", "seed=3", cwd=folder)
+    assert shown.returncode == 0, shown.stderr
+    result = json.loads(shown.stdout)
+    last = json.loads((folder / "run" / "summary.json").read_text())["stages"][-1]
+    for key in ("em", "em_ci95", "f1", "n", "searches_per_question", "no_search_rate"):
+        assert result[key] == last[key]
+    assert result["retriever"].startswith("bm25") and (result["model"], result["data"]) == ("demo", "demo")
+    assert result["adapter"] == adapter
+
+
+def test_ask_answers_one_question_with_its_searches(folder: Path) -> None:
+    question = records(folder / "run" / "trajectories" / "base.evaluation.jsonl")[0]["question"]["question"]
+    shown = command(
+        "ask", question, "--preset", "demo", "--adapter", "run/checkpoints/round2.ofsd", "--json", cwd=folder
+    )
+    assert shown.returncode == 0, shown.stderr
+    result = json.loads(shown.stdout)
+    assert result["question"] == question and result["seconds"] > 0 and result["tokens"] > 0
+    assert result["stopped"] in {"answer", "end", "turn_budget", "token_budget"}
+    assert result["answer"] is None or f"<answer> {result['answer']}</answer>" in result["text"]
+    for search in result["searches"]:
+        assert f"<search> {search['query']}</search>" in result["text"]
+        assert all(passage.keys() == {"id", "title", "text", "score"} for passage in search["passages"])
