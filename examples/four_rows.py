@@ -79,7 +79,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of all rows")
+    parser.add_argument("--settings", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all rows")
     parser.add_argument("--out", type=Path, default=Path("runs/four-rows"))
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="ofsd always comes first")

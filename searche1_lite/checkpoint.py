@@ -59,6 +59,19 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    def rewind(self, stage: str | None) -> None:
+        """Drops what `metrics.jsonl` says of steps after `stage` was evaluated (None: of all): they are done again."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        kept = 0
+        for number, line in enumerate(lines, start=1):
+            # An interrupted write leaves half a line, and only as the last one.
+            record = json.loads(line) if line.endswith("\n") else {}
+            if stage is not None and (record.get("stage"), record.get("name")) == ("evaluate", stage):
+                kept = number
+        if kept < len(lines):
+            write_atomically(path, "".join(lines[:kept]))
+
     def save_trajectories(self, name: str, records: list[dict[str, Any]]) -> None:
         write_atomically(self.path / "trajectories" / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
 

@@ -110,6 +110,7 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> dict[str, Any]
         checkpoint, summary = latest
         load_adapter_weights(work.model, checkpoint)
     done = [stage["name"] for stage in summary["stages"]]
+    folder.rewind(done[-1] if done else None)
 
     def finish(name: str, train_seconds: float, extra: dict[str, Any]) -> None:
         """Evaluates the policy as it stands, and saves it with its figures."""

@@ -51,13 +51,8 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(scope="session")
-def tiny_policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model's folder: hidden 64, 2 layers, random but seeded, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny_policy")
-    tokenizer = byte_level_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen2Config(
+def tiny_config(tokenizer: PreTrainedTokenizerBase, initializer_range: float) -> Qwen2Config:
+    return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
@@ -65,12 +60,22 @@ def tiny_policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
-        initializer_range=0.2,  # logits far enough apart that a greedy choice is never a tie
+        initializer_range=initializer_range,
+        tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model's folder: hidden 64, 2 layers, random but seeded, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny_policy")
+    tokenizer = byte_level_tokenizer()
+    torch.manual_seed(0)
+    # So wide a spread that a greedy choice is never a tie.
+    Qwen2ForCausalLM(tiny_config(tokenizer, initializer_range=0.2)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -103,21 +108,7 @@ def talking_policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("talking_policy")
     tokenizer = byte_level_tokenizer()
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        initializer_range=0.02,
-        tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    model = Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(tiny_config(tokenizer, initializer_range=0.02))
     directions = dict.fromkeys(range(len(tokenizer)), 0)
     scores = torch.full((len(tokenizer), 64), -12.0)
     for direction, (token, followers) in enumerate(NEXT_TOKEN.items()):

@@ -310,6 +310,19 @@ def test_k_passages_are_asked_for_kept_and_shown(talker: Policy, shelf, k: int) 
     assert searches > 3
 
 
+def test_prompts_that_are_given_take_the_place_of_the_plain_ones(talker: Policy, shelf) -> None:
+    model, tokenizer = talker
+    protocol = Protocol(tokenizer, tiny_protocol_config())
+    prompts = [tokenizer.encode(f"{index}: go on\n") for index in range(len(QUESTIONS))]
+    arguments = {"engine": EngineConfig(batch_size=4), "k": 1, "seed_parts": (0,)}
+    given = rollout(model, tokenizer, shelf, protocol, QUESTIONS, 2, prompts=prompts, **arguments)
+    assert [t.prompt_ids for t in given] == [prompt for prompt in prompts for _ in range(2)]
+    assert [t.question for t in given] == [question for question in QUESTIONS for _ in range(2)]
+    plain = [protocol.prompt_ids(question.question) for question in QUESTIONS]
+    same = [rollout(model, tokenizer, shelf, protocol, QUESTIONS, 2, prompts=p, **arguments) for p in (plain, None)]
+    assert same[0] == same[1]
+
+
 def test_greedy_samples_of_a_question_are_equal(talker: Policy, shelf) -> None:
     trajectories = play(talker, shelf, n=2, greedy=True)
     assert [t.completion_ids for t in trajectories[::2]] == [t.completion_ids for t in trajectories[1::2]]

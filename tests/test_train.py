@@ -81,6 +81,8 @@ def test_a_run_that_lost_its_last_stages_comes_to_the_same_end(folder: Path) -> 
     again = folder / "again"
     shutil.copytree(folder / "run", again)
     (again / "summary.json").unlink()
+    with (again / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "grpo", "round": 2, "st')  # a line that was cut off
     for name in STAGES[2:]:
         shutil.rmtree(again / "checkpoints" / name)
     shown = command("train", "--preset", "demo", "--out", "again", "--resume", *SETTINGS, cwd=folder)
@@ -91,6 +93,11 @@ def test_a_run_that_lost_its_last_stages_comes_to_the_same_end(folder: Path) -> 
         assert {k: v for k, v in one.items() if k not in measured} == {
             k: v for k, v in other.items() if k not in measured
         }
+    steps = [
+        [(r["stage"], r.get("round"), r.get("step")) for r in records(p / "metrics.jsonl")]
+        for p in (folder / "run", again)
+    ]
+    assert steps[0] == steps[1], "what was done twice is told once"
     adapters = [
         (path / "checkpoints" / STAGES[-1] / "adapter_model.safetensors").read_bytes()
         for path in (folder / "run", again)
