@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from searche1_lite.config import DataConfig
+from searche1_lite.config import Config, GRPOStageConfig
 from searche1_lite.errors import UserError
 from searche1_lite.seeding import derive_seed
 from searche1_lite.trajectory import Question
@@ -37,16 +37,26 @@ def load_questions(spec: str, split: str, limit: int = 0, seed: int = 0) -> list
     return questions
 
 
-def load_run_questions(data: DataConfig, seed: int) -> tuple[list[Question], list[Question]]:
+def load_run_questions(config: Config) -> tuple[list[Question], list[Question]]:
     """A run's training and evaluation questions, which have none in common.
 
     Raises:
-        UserError: as `load_questions` and `check_disjoint` do.
+        UserError: as `load_questions`, `check_disjoint` and `check_enough` do.
     """
-    train = load_questions(data.train, "train")
-    evaluation = load_questions(data.evaluation, "test", data.evaluation_limit, seed)
+    train = load_questions(config.data.train, "train")
+    evaluation = load_questions(config.data.evaluation, "test", config.data.evaluation_limit, config.seed)
     check_disjoint(train, evaluation)
+    check_enough(train, config.grpo)
     return train, evaluation
+
+
+def check_enough(questions: Sequence[Question], stage: GRPOStageConfig) -> None:
+    """Refuses fewer training questions than one GRPO step takes: TRL would stop at step 0 in silence."""
+    if stage.steps and len(questions) < stage.questions_per_step:
+        raise UserError(
+            f"grpo.questions_per_step={stage.questions_per_step} is more than the {len(questions)} training questions; "
+            "lower it or give more questions"
+        )
 
 
 def _read_questions(path: Path) -> list[Question]:

@@ -42,7 +42,7 @@ def train(
     from searche1_lite.benchmarks import load_run_questions
     from searche1_lite.checkpoint import RunFolder
 
-    load_run_questions(settings.data, settings.seed)  # faulty files are refused before a folder is made
+    load_run_questions(settings)  # faulty files are refused before a folder is made
     folder = RunFolder(folder_path, settings, resume)
     _quieten()
     from searche1_lite.console import RichTasks, stage_table

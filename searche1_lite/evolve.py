@@ -96,7 +96,7 @@ class Run:
 
 def run(config: Config, folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """A whole run, from where `folder` is; returns the summary that it also keeps in `summary.json`."""
-    train_questions, test_questions = load_run_questions(config.data, config.seed)
+    train_questions, test_questions = load_run_questions(config)
     work = Run(config, progress)
     folder.start()
     summary: dict[str, Any] = {
@@ -109,6 +109,7 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> dict[str, Any]
     if (latest := folder.latest()) is not None:
         checkpoint, summary = latest
         load_adapter_weights(work.model, checkpoint)
+        folder.save_summary(summary)  # a run may have died between its checkpoint and its summary
     done = [stage["name"] for stage in summary["stages"]]
     folder.rewind(done[-1] if done else None)
 

@@ -17,8 +17,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from searche1_lite.benchmarks import check_enough
 from searche1_lite.config import Config
-from searche1_lite.errors import UserError
 from searche1_lite.model import compute_dtype, drop_adapter, keep_adapter_fp32
 from searche1_lite.protocol import Protocol
 from searche1_lite.rollout import rollout
@@ -137,16 +137,12 @@ def train_grpo(
         `{"steps", "rollout_seconds"}`.
 
     Raises:
-        UserError: if there are fewer questions than one step takes (TRL would then stop at step 0 in silence).
+        UserError: if there are fewer questions than one step takes.
     """
     stage = config.grpo
     if stage.steps == 0:
         return {"steps": 0, "rollout_seconds": 0.0}
-    if len(questions) < stage.questions_per_step:
-        raise UserError(
-            f"grpo.questions_per_step={stage.questions_per_step} is more than the {len(questions)} training questions; "
-            "lower it or give more questions"
-        )
+    check_enough(questions, stage)
     seed = derive_seed(run_seed, "grpo", round_index)
     latest: dict[str, Any] = {"seconds": 0.0, "total": 0.0, "trajectories": []}
 

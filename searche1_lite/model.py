@@ -310,7 +310,9 @@ def keep_adapter_fp32(model: PeftModel) -> Iterator[None]:
     masters = {
         name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
     }
-    yield
-    for name, parameter in model.named_parameters():
-        if name in masters:
-            parameter.data = masters[name]
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            if name in masters:
+                parameter.data = masters[name]

@@ -324,10 +324,11 @@ def train_ofsd(
     """One OFSD stage; the trained adapter is changed in place, the snapshot is dropped at the end.
 
     Returns:
-        `{"steps", "kl"}`: updates done, and `kl_diagnostics` at the stage's start. No pairs: no steps, no diagnostics.
+        `{"steps", "kl"}`: updates done, and `kl_diagnostics` at the stage's start. No pairs (or one alone for a
+        foreign reference): no steps, no diagnostics.
     """
     stage = config.ofsd
-    if not pairs:
+    if not pairs or (stage.teacher_prompt == "foreign" and len(pairs) < 2):
         return {"steps": 0, "kl": None}
     seed = derive_seed(run_seed, "ofsd", round_index)
     diagnostics = kl_diagnostics(model, protocol, pairs, config)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from searche1_lite.benchmarks import check_disjoint, load_questions, load_run_questions
-from searche1_lite.config import DataConfig
+from searche1_lite.config import Config, DataConfig, GRPOStageConfig
 from searche1_lite.errors import UserError
 from searche1_lite.trajectory import Question
 
@@ -153,14 +153,20 @@ def test_a_runs_questions_are_both_files_and_only_evaluation_is_cut(tmp_path: Pa
     train = write_many(tmp_path / "train.jsonl", 6)
     evaluation = write(tmp_path / "test.jsonl", *(line(id=f"e{n}", question=f"Where is {n}?") for n in range(6)))
     data = DataConfig(train=train, evaluation=evaluation, evaluation_limit=2)
-    trained, evaluated = load_run_questions(data, seed=1)
+    trained, evaluated = load_run_questions(Config(seed=1, data=data, grpo=GRPOStageConfig(questions_per_step=6)))
     assert trained == load_questions(train, "train")
     assert evaluated == load_questions(evaluation, "test", limit=2, seed=1)
+
+
+def test_too_few_training_questions_for_one_step_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    data = DataConfig(train=write_many(tmp_path / "train.jsonl", 6), evaluation="demo")
+    with pytest.raises(UserError, match="grpo.questions_per_step=7 is more than the 6 training questions"):
+        load_run_questions(Config(data=data, grpo=GRPOStageConfig(questions_per_step=7, group_size=4)))
 
 
 def test_a_run_is_refused_the_same_file_twice_and_takes_the_demo_for_both(tmp_path: Path) -> None:
     train = write_many(tmp_path / "train.jsonl", 6)
     with pytest.raises(UserError, match="evaluation question 'q0' is training question 'q0'"):
-        load_run_questions(DataConfig(train=train, evaluation=train), seed=0)
-    trained, evaluated = load_run_questions(DataConfig(), seed=0)
+        load_run_questions(Config(data=DataConfig(train=train, evaluation=train)))
+    trained, evaluated = load_run_questions(Config())
     assert trained == load_questions("demo:train", "test") and evaluated == load_questions("demo:test", "train")
