@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 SETTINGS = [
-    "grpo.steps=2", "grpo.questions_per_step=4", "ofsd.questions=24", "ofsd.batch_size=4", "ofsd.micro_batch_size=2",
+    "grpo.steps=2", "grpo.questions_per_step=4", "grpo.micro_batch_size=10", "ofsd.questions=24", "ofsd.batch_size=4", "ofsd.micro_batch_size=2",
     "data.evaluation_limit=16", "seed=3",
 ]  # fmt: skip
 STAGES = ["base", "round1.grpo", "round1.ofsd", "round2.grpo", "round2.ofsd"]
@@ -71,7 +71,7 @@ def test_each_distillation_reports_its_pairs_their_kl_and_the_teachers_answers(f
             counts = stage["pairs"]
             assert counts["questions"] == 24
             assert counts["pairs"] == 24 - counts["none_correct"] - counts["none_less_efficient"] > 0
-            assert stage["steps"] == -(-counts["pairs"] // 4)
+            assert stage["steps"] == -(-2 * counts["pairs"] // 4), "the preset makes two passes"
             assert abs(stage["kl"]["plain"]) < 1e-6 < stage["kl"]["pairs"] < stage["kl"]["foreign"]
             assert {"em", "searches_per_question"} == stage["privilege"]["teacher"].keys()
             assert stage["privilege"]["teacher"].keys() == stage["privilege"]["student"].keys()
