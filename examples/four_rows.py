@@ -30,7 +30,7 @@ SHARED = ("base", "round1.grpo")
 
 
 def seconds(summary: dict[str, Any], kind: str = "") -> float:
-    """Seconds spent training (rollouts included, evaluation not) in the stages whose names end in `kind`."""
+    """Seconds of training in stages whose names end in `kind`: with rollouts, without evaluation and diagnostics."""
     return sum(stage["seconds"] for stage in summary["stages"] if stage["name"].endswith(kind))
 
 
@@ -47,11 +47,14 @@ def train_row(row: str, folder: Path, config: Config, donor: Path) -> dict[str, 
         summary = json.loads((folder / "summary.json").read_text())
         if len(summary["stages"]) == 1 + config.rounds * (1 + config.ofsd.enabled):
             return summary
-    fresh = not folder.exists()
-    run_folder = RunFolder(folder, config, resume=not fresh)
-    if fresh and row != "ofsd":
+    run_folder = RunFolder(folder, config, resume=True).start()
+    if row != "ofsd":
         for name in SHARED[:1] if row == "grpo" else SHARED:
-            shutil.copytree(donor / "checkpoints" / name, folder / "checkpoints" / name)
+            final = folder / "checkpoints" / name
+            if not final.exists():
+                staging = final.with_name(f".{name}.staging")
+                shutil.copytree(donor / "checkpoints" / name, staging, dirs_exist_ok=True)
+                staging.rename(final)
     return run(config, run_folder, RichTasks())
 
 

@@ -59,49 +59,55 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def rewind(self, stage: str | None) -> None:
-        """Drops what `metrics.jsonl` says of steps after `stage` was evaluated (None: of all): they are done again."""
+    def metrics_size(self) -> int:
+        """Bytes in `metrics.jsonl`; a checkpoint keeps it, for `rewind`."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        kept = 0
-        for number, line in enumerate(lines, start=1):
-            # An interrupted write leaves half a line, and only as the last one.
-            record = json.loads(line) if line.endswith("\n") else {}
-            if stage is not None and (record.get("stage"), record.get("name")) == ("evaluate", stage):
-                kept = number
-        if kept < len(lines):
-            write_atomically(path, "".join(lines[:kept]))
+        return path.stat().st_size if path.is_file() else 0
+
+    def rewind(self, size: int) -> None:
+        """Cuts `metrics.jsonl` to `size` bytes: what it tells of later steps is about to be done again."""
+        if self.metrics_size() > size:
+            os.truncate(self.path / "metrics.jsonl", size)
 
     def save_trajectories(self, name: str, records: list[dict[str, Any]]) -> None:
+        """Writes `trajectories/NAME.jsonl`, over an earlier one."""
         write_atomically(self.path / "trajectories" / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+
+    def add_trajectories(self, name: str, records: list[dict[str, Any]]) -> None:
+        """Adds to `trajectories/NAME.jsonl`."""
+        with (self.path / "trajectories" / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
 
     def save_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.summary_path, json.dumps(summary, indent=2) + "\n")
 
-    def save_checkpoint(self, name: str, model: "PeftModel", summary: dict[str, Any]) -> None:
-        """Adapter and summary as they stand after stage `name`."""
+    def save_checkpoint(self, name: str, model: "PeftModel", state: dict[str, Any]) -> None:
+        """The adapter as it stands after stage `name`, and where the run is: `stages`, and `unevaluated` if need be."""
         from searche1_lite.model import save_adapter
 
         final = self.path / "checkpoints" / name
         staging = final.with_name(f".{name}.staging")
         shutil.rmtree(staging, ignore_errors=True)
         save_adapter(model, staging)
-        (staging / "state.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (staging / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         for file in [*staging.iterdir(), staging]:
             _sync(file)
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
         _sync(final.parent)
 
+    def update_checkpoint(self, name: str, state: dict[str, Any]) -> None:
+        """Replaces the state of a checkpoint that is there."""
+        write_atomically(self.path / "checkpoints" / name / "state.json", json.dumps(state, indent=2) + "\n")
+
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint of the last finished stage and its summary; None in a fresh folder."""
-        best: tuple[Path, dict[str, Any]] | None = None
+        """The checkpoint that is furthest in the run, and its state; None in a fresh folder."""
+        found: dict[int, tuple[Path, dict[str, Any]]] = {}
         # A folder that begins with a dot is the staging of a save that was interrupted.
-        for state in (self.path / "checkpoints").glob("[!.]*/state.json"):
-            summary = json.loads(state.read_text(encoding="utf-8"))
-            if best is None or len(summary["stages"]) > len(best[1]["stages"]):
-                best = (state.parent, summary)
-        return best
+        for path in (self.path / "checkpoints").glob("[!.]*/state.json"):
+            state = json.loads(path.read_text(encoding="utf-8"))
+            found[len(state["stages"]) + ("unevaluated" in state)] = path.parent, state
+        return found[max(found)] if found else None
 
 
 def check_adapter_folder(folder: Path) -> None:

@@ -37,6 +37,8 @@ def train(
     """Train: rounds of GRPO and OFSD. Example: searche1-lite train --preset demo --out runs/demo"""
     from searche1_lite.config import load_config
 
+    if resume and out and not (preset or config or overrides) and (out / "config.yaml").is_file():
+        config = out / "config.yaml"  # the run's own settings
     settings = load_config(preset, config, overrides or [])
     folder_path = out or Path("runs") / (preset or (config.stem if config else "default"))
     from searche1_lite.benchmarks import load_run_questions
@@ -108,7 +110,7 @@ def ask(
     adapter: Adapter = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer one question. Example: searche1-lite ask --preset demo "What is the mayor of Port Tero?\""""
+    """Answer one question. Example: searche1-lite ask --preset demo "What is the mayor of Port Mitu?\""""
     from searche1_lite.config import load_config
 
     settings = load_config(preset, config)
@@ -152,7 +154,6 @@ def _quieten() -> None:
     if os.environ.get("SEARCHE1_LITE_DEBUG"):
         return
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import logging
     import warnings
@@ -167,10 +168,18 @@ def _quieten() -> None:
 
 def main() -> None:
     """The console script: one line for what the user can mend, a traceback only with SEARCHE1_LITE_DEBUG=1."""
+    if "LOCAL_RANK" not in os.environ:
+        # With several cards in sight TRL would spread batches over them; a run is for one, and this says which.
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     try:
         app()
-    except UserError as error:
+    except (UserError, OSError) as error:
         if os.environ.get("SEARCHE1_LITE_DEBUG"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        message, exit_code = str(error), 1
+        if isinstance(error, UserError):
+            exit_code = error.exit_code
+        elif error.filename is not None:  # a full disk, a folder that may not be written to, ...
+            message = f"{error.strerror}: {error.filename}; make room or give another place"
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(exit_code)

@@ -1,7 +1,7 @@
 """The rounds: GRPO, fresh rollouts, OFSD, and an evaluation after each stage.
 
-Read `run` top to bottom: it is the method. Every stage is seeded by the run's seed and its own name, so a run that was
-interrupted and resumed after any stage gives the same figures as one that was not.
+Read `run` top to bottom: it is the method. Every stage is seeded by the run's seed and its own name, so on a CPU a run
+that was interrupted and resumed after any stage gives the same figures, bit for bit, as one that was not.
 """
 
 import resource
@@ -22,7 +22,7 @@ from searche1_lite.config import Config, SearchConfig
 from searche1_lite.evaluate import evaluate
 from searche1_lite.grpo import train_grpo
 from searche1_lite.model import load_adapter_weights, load_policy
-from searche1_lite.ofsd import Pair, select_pairs, teacher_prompts, train_ofsd
+from searche1_lite.ofsd import Pair, kl_diagnostics, ofsd_steps, select_pairs, teacher_prompts, train_ofsd
 from searche1_lite.protocol import Protocol as TagProtocol
 from searche1_lite.rollout import rollout
 from searche1_lite.search.base import Retriever
@@ -98,6 +98,7 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> dict[str, Any]
     """A whole run, from where `folder` is; returns the summary that it also keeps in `summary.json`."""
     train_questions, test_questions = load_run_questions(config)
     work = Run(config, progress)
+    work.protocol.check_prompts([*train_questions, *test_questions])
     folder.start()
     summary: dict[str, Any] = {
         "seed": config.seed,
@@ -106,63 +107,88 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> dict[str, Any]
         "evaluation": {"data": config.data.evaluation, "n": len(test_questions), "decoding": "greedy"},
         "stages": [],
     }
+
+    def keep(name: str, seconds: float, figures: dict[str, Any]) -> None:
+        """Saves the policy as the stage `name` left it, before anything else can go wrong, then evaluates it."""
+        stage = {"name": name, "seconds": round(seconds, 1), "peak_memory_mb": peak_memory_mb(), **figures}
+        folder.save_checkpoint(
+            name, work.model, summary | {"unevaluated": stage, "metrics_size": folder.metrics_size()}
+        )
+        measure(stage)
+
+    def measure(stage: dict[str, Any]) -> None:
+        """Evaluates the policy as it stands and adds its figures to the summary."""
+        name, began = stage["name"], time.monotonic()
+        trajectories = work.answer(f"{name}: evaluate", test_questions, 1, (config.seed, "evaluate"), greedy=True)
+        metrics = evaluate(trajectories, config.seed)
+        spent = {"evaluation_seconds": round(time.monotonic() - began, 1)}
+        summary["stages"].append({"name": name} | metrics | stage | spent)
+        folder.save_trajectories(f"{name}.evaluation", [t.to_dict() for t in trajectories])
+        folder.log({"stage": "evaluate", "name": name, **metrics})
+        folder.update_checkpoint(name, summary | {"metrics_size": folder.metrics_size()})
+        folder.save_summary(summary)
+
     if (latest := folder.latest()) is not None:
         checkpoint, summary = latest
         load_adapter_weights(work.model, checkpoint)
-        folder.save_summary(summary)  # a run may have died between its checkpoint and its summary
-    done = [stage["name"] for stage in summary["stages"]]
-    folder.rewind(done[-1] if done else None)
-
-    def finish(name: str, train_seconds: float, extra: dict[str, Any]) -> None:
-        """Evaluates the policy as it stands, and saves it with its figures."""
-        began = time.monotonic()
-        trajectories = work.answer(f"{name}: evaluate", test_questions, 1, (config.seed, "evaluate"), greedy=True)
-        metrics = evaluate(trajectories, config.seed)
-        stage = {
-            "name": name,
-            **metrics,
-            "seconds": round(train_seconds, 1),
-            "evaluation_seconds": round(time.monotonic() - began, 1),
-            "peak_memory_mb": peak_memory_mb(),
-            **extra,
-        }
-        summary["stages"].append(stage)
-        folder.save_trajectories(f"{name}.evaluation", [t.to_dict() for t in trajectories])
-        folder.log({"stage": "evaluate", "name": name, **metrics})
-        folder.save_checkpoint(name, work.model, summary)
+        folder.rewind(summary.pop("metrics_size"))
+        if (unevaluated := summary.pop("unevaluated", None)) is not None:
+            measure(unevaluated)
         folder.save_summary(summary)
+    else:
+        folder.rewind(0)
+    done = [stage["name"] for stage in summary["stages"]]
 
     if "base" not in done:
-        finish("base", 0.0, {})
+        keep("base", 0.0, {})
     for index in range(1, config.rounds + 1):
-        if f"round{index}.grpo" not in done:
-            began = time.monotonic()
-            with progress.task(f"round{index}: GRPO", config.grpo.steps) as advance:
-                result = train_grpo(
-                    work.model, work.tokenizer, work.retriever, work.protocol, train_questions, config,
-                    run_seed=config.seed, round_index=index, output_dir=folder.path / "checkpoints",
-                    on_step=lambda record, advance=advance: (folder.log(record), advance(1)),
-                )  # fmt: skip
-            finish(f"round{index}.grpo", time.monotonic() - began, result)
-        if config.ofsd.enabled and f"round{index}.ofsd" not in done:
-            began = time.monotonic()
-            name = f"round{index}.ofsd"
-            asked = _choose(train_questions, config.ofsd.questions, derive_seed(config.seed, "ofsd-questions", index))
-            seed_parts = (config.seed, "ofsd-rollouts", index)
-            rollouts = work.answer(f"round{index}: roll out", asked, config.ofsd.rollouts, seed_parts, greedy=False)
-            folder.save_trajectories(f"{name}.rollouts", [t.to_dict() for t in rollouts])
-            pairs, counts = select_pairs(rollouts, config.ofsd.students)
-            privilege = compare_teacher(work, pairs, f"round{index}: teacher", (config.seed, "teacher", index))
-            with progress.task(
-                f"round{index}: OFSD", -(-config.ofsd.epochs * len(pairs) // config.ofsd.batch_size)
-            ) as advance:
-                result = train_ofsd(
-                    work.model, work.tokenizer, work.protocol, pairs, config,
-                    run_seed=config.seed, round_index=index, output_dir=folder.path / "checkpoints",
-                    on_step=lambda record, advance=advance: (folder.log(record), advance(1)),
-                )  # fmt: skip
-            finish(name, time.monotonic() - began, {"pairs": counts, "privilege": privilege, **result})
+        if (name := f"round{index}.grpo") not in done:
+            keep(name, *_run_grpo(work, train_questions, folder, name, index))
+        if config.ofsd.enabled and (name := f"round{index}.ofsd") not in done:
+            keep(name, *_run_ofsd(work, train_questions, folder, name, index))
     return summary
+
+
+def _run_grpo(
+    work: Run, questions: Sequence[Question], folder: RunFolder, name: str, index: int
+) -> tuple[float, dict[str, Any]]:
+    """Seconds and figures of one GRPO stage."""
+    began = time.monotonic()
+    folder.save_trajectories(f"{name}.rollouts", [])
+    with work.progress.task(f"round{index}: GRPO", work.config.grpo.steps) as advance:
+        result = train_grpo(
+            work.model, work.tokenizer, work.retriever, work.protocol, questions, work.config,
+            run_seed=work.config.seed, round_index=index, output_dir=folder.path / "checkpoints",
+            on_step=lambda record: (folder.log(record), advance(1)),
+            on_rollouts=lambda rollouts: folder.add_trajectories(f"{name}.rollouts", [t.to_dict() for t in rollouts]),
+        )  # fmt: skip
+    return time.monotonic() - began, result
+
+
+def _run_ofsd(
+    work: Run, questions: Sequence[Question], folder: RunFolder, name: str, index: int
+) -> tuple[float, dict[str, Any]]:
+    """Seconds and figures of one OFSD stage. What is only looked at, not needed to train, is timed apart."""
+    began, stage = time.monotonic(), work.config.ofsd
+    asked = _choose(questions, stage.questions, derive_seed(work.config.seed, "ofsd-questions", index))
+    seed_parts = (work.config.seed, "ofsd-rollouts", index)
+    rollouts = work.answer(f"round{index}: roll out", asked, stage.rollouts, seed_parts, greedy=False)
+    folder.save_trajectories(f"{name}.rollouts", [t.to_dict() for t in rollouts])
+    pairs, counts = select_pairs(rollouts, stage.students)
+
+    watched = time.monotonic()
+    privilege = compare_teacher(work, pairs, f"round{index}: teacher", (work.config.seed, "teacher", index))
+    kl = kl_diagnostics(work.model, work.protocol, pairs, work.config)
+    diagnostics = time.monotonic() - watched
+
+    with work.progress.task(f"round{index}: OFSD", ofsd_steps(pairs, stage)) as advance:
+        result = train_ofsd(
+            work.model, work.tokenizer, work.protocol, pairs, work.config,
+            run_seed=work.config.seed, round_index=index, output_dir=folder.path / "checkpoints",
+            on_step=lambda record: (folder.log(record), advance(1)),
+        )  # fmt: skip
+    figures = {"pairs": counts, "privilege": privilege, "kl": kl, "diagnostic_seconds": round(diagnostics, 1)}
+    return time.monotonic() - began - diagnostics, figures | result
 
 
 def compare_teacher(

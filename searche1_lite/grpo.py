@@ -224,7 +224,7 @@ def train_grpo(
         for name, parameter in model.named_parameters():
             if f".{REFERENCE}." in name:
                 parameter.requires_grad_(False)
-        _drop_printer(trainer)
+        drop_printer(trainer)
         trainer.train()
     finally:
         drop_adapter(model, REFERENCE)
@@ -232,7 +232,7 @@ def train_grpo(
     return {"steps": reporter.steps, "rollout_seconds": round(latest["total"], 3)}
 
 
-def _drop_printer(trainer: Any) -> None:
+def drop_printer(trainer: Any) -> None:
     """Results go to stdout, so the trainer must not print its logs there."""
     from transformers import PrinterCallback
 

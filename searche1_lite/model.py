@@ -91,6 +91,8 @@ def load_policy(
         if adapter is None
         else _read_adapter_config(adapter)
     )
+    if adapter is not None:
+        _check_base(adapter, peft_config, config.name)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     dtype = compute_dtype(device)
     quantization = (
@@ -180,11 +182,7 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
         UserError: if the folder holds no adapter, or one for another base model or of another shape.
     """
     saved, own = _read_adapter_config(folder), model.peft_config[ADAPTER]
-    if not _same_model(saved.base_model_name_or_path, own.base_model_name_or_path):
-        raise UserError(
-            f"the adapter in {folder} is for the base model {saved.base_model_name_or_path!r}, but this run uses "
-            f"{own.base_model_name_or_path!r}; set model.name to the former or give another adapter"
-        )
+    _check_base(folder, saved, own.base_model_name_or_path)
     if (saved.r, saved.lora_alpha) != (own.r, own.lora_alpha):
         raise UserError(
             f"the adapter in {folder} has rank {saved.r} and alpha {saved.lora_alpha}, but this run uses rank {own.r} "
@@ -218,6 +216,14 @@ def _read_adapter_config(folder: Path) -> LoraConfig:
         raise UserError(f"cannot read {path}: {error}; give a folder written by `train`") from error
     config.inference_mode = False
     return config
+
+
+def _check_base(folder: Path, saved: LoraConfig, name: str | None) -> None:
+    if not _same_model(saved.base_model_name_or_path, name):
+        raise UserError(
+            f"the adapter in {folder} is for the base model {saved.base_model_name_or_path!r}, but this run uses "
+            f"{name!r}; set model.name (or --preset) to the former or give another adapter"
+        )
 
 
 def _same_model(one: str | None, other: str | None) -> bool:

@@ -26,8 +26,8 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.distillation_trainer import DistillationTrainer
 from trl.trainer.utils import pad
 
-from searche1_lite.config import Config
-from searche1_lite.grpo import OnStep, StepReporter, _drop_printer, trainer_arguments, trim_padding
+from searche1_lite.config import Config, OFSDStageConfig
+from searche1_lite.grpo import OnStep, StepReporter, drop_printer, trainer_arguments, trim_padding
 from searche1_lite.model import drop_adapter, keep_adapter_fp32, snapshot_adapter, use_adapter
 from searche1_lite.protocol import Protocol
 from searche1_lite.seeding import derive_seed
@@ -208,12 +208,13 @@ def kl_diagnostics(
 
     `plain` is zero by construction: it shows what numerical noise amounts to. `foreign` shows another question's
     reference: what the privileged form alone does, without the right content; it is left out where there is one pair.
+    Empty where there are no pairs.
     """
     shown = pairs[:limit]
     pad_id = protocol.tokenizer.pad_token_id
     means = {}
     for kind in ("privileged", "plain", "foreign"):
-        if kind == "foreign" and len(shown) < 2:
+        if len(shown) < (2 if kind == "foreign" else 1):
             continue
         prompts = teacher_prompts(protocol, shown, kind, config.ofsd.reference_documents)
         values = token_kl(
@@ -308,6 +309,13 @@ def training_rows(protocol: Protocol, pairs: Sequence[Pair], config: Config) -> 
     return rows
 
 
+def ofsd_steps(pairs: Sequence[Pair], stage: OFSDStageConfig) -> int:
+    """Optimizer steps of a stage with these pairs; a lone pair has no foreign reference to learn from."""
+    if stage.teacher_prompt == "foreign" and len(pairs) < 2:
+        return 0
+    return math.ceil(stage.epochs * len(pairs) / stage.batch_size)
+
+
 def train_ofsd(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -324,15 +332,13 @@ def train_ofsd(
     """One OFSD stage; the trained adapter is changed in place, the snapshot is dropped at the end.
 
     Returns:
-        `{"steps", "kl"}`: updates done, and `kl_diagnostics` at the stage's start. No pairs (or one alone for a
-        foreign reference): no steps, no diagnostics.
+        `{"steps"}`: updates done; none without pairs, or with one alone for a foreign reference.
     """
     stage = config.ofsd
-    if not pairs or (stage.teacher_prompt == "foreign" and len(pairs) < 2):
-        return {"steps": 0, "kl": None}
+    steps = ofsd_steps(pairs, stage)
+    if steps == 0:
+        return {"steps": 0}
     seed = derive_seed(run_seed, "ofsd", round_index)
-    diagnostics = kl_diagnostics(model, protocol, pairs, config)
-    steps = math.ceil(stage.epochs * len(pairs) / stage.batch_size)
     order: list[int] = []
     rng = Random(seed)
     while len(order) < steps * stage.batch_size:
@@ -373,9 +379,9 @@ def train_ofsd(
                 rows=training_rows(protocol, pairs, config),
                 settings=stage,
             )
-        _drop_printer(trainer)
+        drop_printer(trainer)
         trainer.train()
     finally:
         drop_adapter(model, TEACHER)
         model.eval()
-    return {"steps": reporter.steps, "kl": diagnostics}
+    return {"steps": reporter.steps}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from searche1_lite.config import ProtocolConfig
 from searche1_lite.errors import UserError
 from searche1_lite.search.base import Passage
-from searche1_lite.trajectory import Trajectory
+from searche1_lite.trajectory import Question, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,6 +145,16 @@ class Protocol:
                 f"protocol.max_prompt_tokens={self.config.max_prompt_tokens}; shorten the question or raise the limit"
             )
         return ids
+
+    def check_prompts(self, questions: Sequence[Question]) -> None:
+        """Refuses, before a run begins, what `prompt_ids` would refuse in the middle of it.
+
+        Only questions with more bytes than there is room for tokens are encoded.
+        """
+        room = self.config.max_prompt_tokens - len(self.prompt_ids("?"))
+        for question in questions:
+            if len(escape(question.question).encode("utf-8", "replace")) >= room:
+                self.prompt_ids(question.question)
 
     def reference_ids(self, reference: Trajectory, with_documents: bool = True) -> list[int]:
         """A trajectory as it is shown to the teacher: its own ids, special tokens dropped, documents on request."""

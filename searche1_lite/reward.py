@@ -20,8 +20,8 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str | None, golds: Sequence[str]) -> float:
-    """1.0 if the normalised prediction equals any normalised gold answer, else 0.0. No prediction earns 0.0."""
-    if prediction is None:
+    """1.0 if the normalised prediction equals any normalised gold answer, else 0.0. None or a blank earns 0.0."""
+    if prediction is None or not prediction.strip():
         return 0.0
     normalized = normalize_answer(prediction)
     return float(any(normalized == normalize_answer(gold) for gold in golds))

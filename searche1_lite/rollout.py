@@ -112,7 +112,8 @@ def rollout(
 ) -> list[Trajectory]:
     """`n` fresh episodes for each question, question by question.
 
-    A trajectory depends on its own seed, `derive_seed(*seed_parts, question.id, sample)`, not on the batch it is in.
+    A trajectory depends on its own seed, `derive_seed(*seed_parts, question.id, sample)`, not on the batch it is in (to
+    the precision of the arithmetic: in bf16 a GPU's kernels may round otherwise for another batch shape).
 
     Args:
         model: the policy with the adapter to act with active; its train/eval mode is put back afterwards.

@@ -4,15 +4,29 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 
+from searche1_lite.checkpoint import RunFolder
+from searche1_lite.config import load_config
+from searche1_lite.console import RichTasks
+from searche1_lite.errors import UserError
+from searche1_lite.evolve import run
+
 SETTINGS = [
-    "grpo.steps=2", "grpo.questions_per_step=4", "grpo.micro_batch_size=10", "ofsd.questions=24", "ofsd.batch_size=4", "ofsd.micro_batch_size=2",
-    "data.evaluation_limit=16", "seed=3",
-]  # fmt: skip
+    "grpo.steps=2",
+    "grpo.questions_per_step=4",
+    "grpo.micro_batch_size=10",
+    "ofsd.questions=24",
+    "ofsd.batch_size=4",
+    "ofsd.micro_batch_size=2",
+    "data.evaluation_limit=16",
+    "seed=3",
+]
 STAGES = ["base", "round1.grpo", "round1.ofsd", "round2.grpo", "round2.ofsd"]
 
 
@@ -56,6 +70,9 @@ def test_the_run_folder_is_what_the_design_promises(folder: Path) -> None:
     assert [(r["round"], r["step"]) for r in metrics if r["stage"] == "grpo"] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(key in r for r in metrics if r["stage"] == "grpo" for key in ("loss", "reward", "em", "kl", "searches"))
     assert [r["name"] for r in metrics if r["stage"] == "evaluate"] == STAGES
+    for number in (1, 2):
+        assert len(records(run / "trajectories" / f"round{number}.grpo.rollouts.jsonl")) == 2 * 4 * 5
+        assert len(records(run / "trajectories" / f"round{number}.ofsd.rollouts.jsonl")) == 24 * 5
     for name in STAGES:
         evaluated = records(run / "trajectories" / f"{name}.evaluation.jsonl")
         assert len(evaluated) == 16 and all(len(t["completion_ids"]) == len(t["loss_mask"]) for t in evaluated)
@@ -88,7 +105,7 @@ def test_a_run_that_lost_its_last_stages_comes_to_the_same_end(folder: Path) -> 
     shown = command("train", "--preset", "demo", "--out", "again", "--resume", *SETTINGS, cwd=folder)
     assert shown.returncode == 0, shown.stderr
     first, second = (json.loads((path / "summary.json").read_text()) for path in (folder / "run", again))
-    measured = {"seconds", "evaluation_seconds", "peak_memory_mb", "rollout_seconds"}
+    measured = {"seconds", "evaluation_seconds", "diagnostic_seconds", "peak_memory_mb", "rollout_seconds"}
     for one, other in zip(first["stages"], second["stages"], strict=True):
         assert {k: v for k, v in one.items() if k not in measured} == {
             k: v for k, v in other.items() if k not in measured
@@ -110,7 +127,7 @@ def test_a_finished_run_prints_its_table_again_and_refuses_to_be_overwritten(fol
     refused = command("train", "--preset", "demo", "--out", "run", *SETTINGS, cwd=folder)
     assert refused.returncode == 2 and "--resume" in refused.stderr
     (folder / "run" / "summary.json").unlink()  # as after a death between the last checkpoint and its summary
-    resumed = command("train", "--preset", "demo", "--out", "run", "--resume", *SETTINGS, cwd=folder)
+    resumed = command("train", "--out", "run", "--resume", cwd=folder)  # its settings are in its folder
     assert resumed.returncode == 0 and all(stage in resumed.stdout for stage in STAGES)
     assert (folder / "run" / "summary.json").read_bytes() == before
 
@@ -140,3 +157,53 @@ def test_ask_answers_one_question_with_its_searches(folder: Path) -> None:
     for search in result["searches"]:
         assert f"<search> {search['query']}</search>" in result["text"]
         assert all(passage.keys() == {"id", "title", "text", "score"} for passage in search["passages"])
+
+
+class Interrupted(RichTasks):
+    """Progress that notes the tasks begun and is interrupted as one of them begins."""
+
+    def __init__(self, at: str = "") -> None:
+        super().__init__(quiet=True)
+        self.at, self.begun = at, []
+
+    @contextmanager
+    def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        self.begun.append(name)
+        if name == self.at:
+            raise KeyboardInterrupt
+        with super().task(name, total) as advance:
+            yield advance
+
+
+def test_a_stage_interrupted_in_its_evaluation_is_not_trained_again(tmp_path: Path) -> None:
+    settings = [
+        "rounds=1",
+        "ofsd.enabled=false",
+        "grpo.steps=1",
+        "grpo.questions_per_step=4",
+        "grpo.micro_batch_size=20",
+    ]
+    config = load_config("demo", None, [*settings, "data.evaluation_limit=4"])
+    with pytest.raises(KeyboardInterrupt):
+        run(config, RunFolder(tmp_path / "run", config, False), Interrupted("round1.grpo: evaluate"))
+    trained = (tmp_path / "run" / "checkpoints" / "round1.grpo" / "adapter_model.safetensors").read_bytes()
+    resumed = Interrupted()
+    summary = run(config, RunFolder(tmp_path / "run", config, True), resumed)
+    assert resumed.begun == ["round1.grpo: evaluate"]
+    assert [stage["name"] for stage in summary["stages"]] == ["base", "round1.grpo"]
+    assert summary["stages"][1]["steps"] == 1 and summary["stages"][1]["n"] == 4
+    assert (tmp_path / "run" / "checkpoints" / "round1.grpo" / "adapter_model.safetensors").read_bytes() == trained
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    told = [(r["stage"], r.get("name"), r.get("step")) for r in records(tmp_path / "run" / "metrics.jsonl")]
+    assert told == [("evaluate", "base", None), ("grpo", None, 1), ("evaluate", "round1.grpo", None)]
+
+
+def test_a_question_too_long_for_a_prompt_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    questions = tmp_path / "train.jsonl"
+    texts = [f"What is the base of {'Port ' * (200 if number == 3 else 1)}{number}?" for number in range(16)]
+    rows = [{"id": text[-4:], "question": text, "golden_answers": ["x"]} for text in texts]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_config("demo", None, [f"data.train={questions}"])
+    with pytest.raises(UserError, match="protocol.max_prompt_tokens=128"):
+        run(config, RunFolder(tmp_path / "run", config, False), RichTasks(quiet=True))
+    assert not (tmp_path / "run").exists()

@@ -231,8 +231,6 @@ def train(build: BuildConfig, out: Path, device: str) -> None:
                 f"{time.monotonic() - started:.0f} s", file=sys.stderr, flush=True,
             )  # fmt: skip
             recent.clear()
-        if (step + 1) % 500 == 0:
-            _save(model, tokenizer, build, out, time.monotonic() - started, step + 1)
     with torch.no_grad():
         model.model.norm.weight.mul_(build.sharpening)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)

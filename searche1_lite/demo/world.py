@@ -8,6 +8,7 @@ searching.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -197,8 +198,10 @@ def load_demo_questions(split: str) -> list[Question]:
 
 
 def write_demo_corpus(path: Path) -> None:
-    """Writes the demo's wiki as JSONL (`id`, `contents`), one passage a line."""
-    write_corpus(_demo_world(), path)
+    """Writes the demo's wiki as JSONL (`id`, `contents`), one passage a line; complete for any reader."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    write_corpus(_demo_world(), staging)
+    staging.replace(path)
 
 
 def write_corpus(world: World, path: Path) -> None:

@@ -77,6 +77,7 @@ def build_index(corpus: Path, out: Path, threads: int = 2) -> None:
     """
     if out.exists():
         raise UserError(f"{out} exists already; delete it or choose another --out")
+    next(read_corpus(corpus))  # a missing or empty corpus is told before anything is made
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as staging:
         collection, index = Path(staging) / "collection", Path(staging) / "index"
@@ -97,6 +98,7 @@ def build_index(corpus: Path, out: Path, threads: int = 2) -> None:
             "-index": str(index),
             "-generator": "DefaultLuceneDocumentGenerator",
             "-threads": str(threads),
+            "-memoryBuffer": "256",  # MB; Anserini's own 4096 would fill the Java heap before Lucene writes to disk
         }
         words = [word for pair in arguments.items() for word in pair]
         autoclass("io.anserini.index.IndexCollection").main([*words, "-storeRaw", "-quiet"])
