@@ -156,6 +156,11 @@ class OFSDStageConfig:
     """Which siblings may be students: any less efficient or wrong one, only wrong ones, only correct ones."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """`forward_kl`: KL(teacher || student), the method. The others are ablations (JSD with weight 0.5)."""
+    clip: Annotated[float, Field(ge=0.0)] = 0.0
+    """Pointwise clip of `forward_kl`, in nats: the most that one vocabulary entry adds to a token's loss; 0: none. A
+    small one (0.05) can turn the gradient of a clipped token round."""
+    top_k: Count = 0
+    """`forward_kl` over the teacher's likeliest tokens, the rest as one; 0: the full vocabulary, exactly."""
     tokens: Literal["all", "search"] = "all"
     """Which model-written tokens are in the loss: all, or only those of search turns."""
 
@@ -319,6 +324,9 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"ofsd.micro_batch_size={config.ofsd.micro_batch_size} must divide ofsd.batch_size={config.ofsd.batch_size}"
         )
+    for key in ("clip", "top_k"):
+        if getattr(config.ofsd, key) and (config.ofsd.divergence, config.ofsd.objective) != ("forward_kl", "distill"):
+            raise UserError(f"ofsd.{key} is for ofsd.divergence=forward_kl and ofsd.objective=distill; set it to 0")
     for key, needed in {
         "plain_template": ["{question}"],
         "privileged_template": ["{question}", "{reference}"],

@@ -3,8 +3,7 @@
 After a GRPO stage the policy answers its training questions afresh. Where one rollout is right and more efficient than
 a sibling, both are a pair. Along the sibling's own tokens, the student (plain prompt) is pulled towards the teacher:
 the same 4-bit base with the adapter as the stage began, frozen, under a prompt that shows the better rollout. The loss
-is the full-vocabulary KL(teacher || student), averaged over model-written tokens. What it leaves out: the pointwise
-clip.
+is the full-vocabulary KL(teacher || student), averaged over model-written tokens (`divergence.py`).
 """
 
 import math
@@ -22,11 +21,11 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 from trl import DistillationConfig
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.distillation_trainer import DistillationTrainer
 from trl.trainer.utils import pad
 
 from searche1_lite.config import Config, OFSDStageConfig
+from searche1_lite.divergence import divergence
 from searche1_lite.grpo import OnStep, StepReporter, drop_printer, trainer_arguments, trim_padding
 from searche1_lite.model import drop_adapter, keep_adapter_fp32, snapshot_adapter, use_adapter
 from searche1_lite.protocol import Protocol
@@ -35,8 +34,6 @@ from searche1_lite.trajectory import Trajectory
 
 TEACHER = "teacher"
 """The frozen copy of the adapter."""
-
-_BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,21 +142,6 @@ def completion_hidden(
     return hidden[:, prompt_ids.shape[1] - 1 : -1]
 
 
-def per_token_divergence(
-    model: PeftModel, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, beta: float, temperature: float
-) -> torch.Tensor:
-    """Divergence (N,) of the next-token distributions behind hidden states (N, H), in vocabulary tiles (TRL's kernel).
-
-    Args:
-        beta: 0 for KL(teacher || student), 1 for KL(student || teacher), between them the generalised JSD.
-    """
-    head = model.get_output_embeddings()
-    divergence, _ = ChunkedDivergenceFunction.apply(
-        student_hidden, head.weight, head.bias, teacher_hidden, head.weight, head.bias, beta, temperature
-    )
-    return divergence
-
-
 @contextmanager
 def as_teacher(model: PeftModel, kind: str) -> Iterator[None]:
     """The model as the teacher: the frozen snapshot, the bare base, or as it is now. No gradient."""
@@ -196,7 +178,7 @@ def token_kl(
             prompt_mask = _padded([[1] * len(row) for row in batch_prompts], 0, "left", model.device)
             hidden.append(completion_hidden(model, ids, prompt_mask, completion, mask)[keep])
         values = torch.zeros(completion.shape, device=model.device)
-        values[keep] = per_token_divergence(model, hidden[0], hidden[1], 0.0, temperature)
+        values[keep] = divergence(model.get_output_embeddings(), hidden[0], hidden[1], temperature=temperature)
         result += [values[row, : len(t.completion_ids)].tolist() for row, t in enumerate(rows)]
     return result
 
@@ -272,8 +254,14 @@ class OFSDTrainer(DistillationTrainer):
             logits = unwrapped_student.get_output_embeddings()(hidden).float() / self.temperature
             losses = F.cross_entropy(logits, completion[keep], reduction="none")
         else:
-            losses = per_token_divergence(
-                unwrapped_student, hidden, teacher_hidden, _BETA[settings.divergence], self.temperature
+            losses = divergence(
+                unwrapped_student.get_output_embeddings(),
+                hidden,
+                teacher_hidden,
+                settings.divergence,
+                self.temperature,
+                settings.clip,
+                settings.top_k,
             )
         items = num_items_in_batch if num_items_in_batch is not None else keep.sum().clamp(min=1)
         return losses.sum() / items, torch.zeros((), device=losses.device), keep.sum()
@@ -356,7 +344,6 @@ def train_ofsd(
     reporter = StepReporter(describe, on_step, deadline)
     arguments = DistillationConfig(
         **trainer_arguments(model, config, seed=seed, output_dir=output_dir, steps=steps),
-        beta=_BETA[stage.divergence],
         per_device_train_batch_size=stage.micro_batch_size,
         gradient_accumulation_steps=stage.batch_size // stage.micro_batch_size,
         learning_rate=stage.learning_rate,

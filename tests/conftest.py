@@ -237,3 +237,18 @@ def tiny_protocol_config(**changes: object) -> ProtocolConfig:
         "max_prompt_tokens": 300,
     }
     return ProtocolConfig(**{**settings, **changes})
+
+
+def dense_divergence(kind: str, student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """(N,) divergences of two rows of logits (N, V), straight from the definitions."""
+    p_student, p_teacher = (torch.softmax(logits / temperature, dim=-1) for logits in (student, teacher))
+
+    def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return (p * (p.log() - q.log())).sum(dim=-1)
+
+    if kind == "forward_kl":
+        return kl(p_teacher, p_student)
+    if kind == "reverse_kl":
+        return kl(p_student, p_teacher)
+    mixture = (p_student + p_teacher) / 2
+    return (kl(p_teacher, mixture) + kl(p_student, mixture)) / 2

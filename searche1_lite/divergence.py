@@ -1,0 +1,79 @@
+"""How far apart student and teacher are at each token: the losses of offline self-distillation. Pure functions.
+
+The exact divergences run in vocabulary tiles (TRL's kernel), so full logits are never kept. The two truncated forms,
+each an ablation, need every logit of a token at once and take the tokens in chunks instead.
+"""
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+_TOKENS_PER_CHUNK = 256
+"""Of a truncated divergence; 256 tokens of Qwen's vocabulary are 156 MB of fp32 logits."""
+
+
+def divergence(
+    head: torch.nn.Module,
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    kind: str = "forward_kl",
+    temperature: float = 1.0,
+    clip: float = 0.0,
+    top_k: int = 0,
+) -> torch.Tensor:
+    """Divergence (N,), in nats, of the next-token distributions behind hidden states (N, H).
+
+    Args:
+        head: the output embeddings that both share; no gradient reaches them.
+        kind: `forward_kl` for KL(teacher || student), `reverse_kl` for KL(student || teacher), `jsd` for the
+            Jensen-Shannon divergence with weight 0.5.
+        temperature: divides the logits of both.
+        clip: with `forward_kl`, no vocabulary entry contributes more than this; 0 for no clip.
+        top_k: with `forward_kl`, only the teacher's `top_k` likeliest tokens are told apart; 0 for all.
+    """
+    if clip or top_k:
+        chunks = [
+            checkpoint(truncated_kl, *rows, head.weight, head.bias, temperature, clip, top_k, use_reentrant=False)
+            for rows in zip(
+                student_hidden.split(_TOKENS_PER_CHUNK), teacher_hidden.split(_TOKENS_PER_CHUNK), strict=True
+            )
+        ]
+        return torch.cat(chunks)
+    beta = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}[kind]
+    values, _ = ChunkedDivergenceFunction.apply(
+        student_hidden, head.weight, head.bias, teacher_hidden, head.weight, head.bias, beta, temperature
+    )
+    return values
+
+
+def truncated_kl(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float,
+    clip: float,
+    top_k: int,
+) -> torch.Tensor:
+    """KL(teacher || student) (N,) with each entry's term cut at `clip`, or over the teacher's `top_k` and a rest.
+
+    A clip well below the terms of ordinary tokens can turn their gradient round and make the loss negative.
+    """
+    student, teacher = (
+        torch.log_softmax(F.linear(hidden, weight, bias).float() / temperature, dim=-1)
+        for hidden in (student_hidden, teacher_hidden)
+    )
+    if 0 < top_k < teacher.shape[-1]:
+        likeliest = teacher.topk(top_k, dim=-1).indices
+        student, teacher = (_with_tail(logprobs.gather(-1, likeliest)) for logprobs in (student, teacher))
+    terms = teacher.exp() * (teacher - student)
+    if clip:
+        terms = terms.clamp(max=clip)
+    return terms.sum(dim=-1)
+
+
+def _with_tail(logprobs: torch.Tensor) -> torch.Tensor:
+    """(N, k) -> (N, k + 1): the last entry is the log-probability of all that is left out."""
+    kept = logprobs.exp().sum(dim=-1, keepdim=True).clamp(max=1 - 1e-6)
+    return torch.cat([logprobs, torch.log1p(-kept)], dim=-1)
