@@ -39,6 +39,8 @@ class RunFolder:
             _check_same(_read_config(existing), config, path)
         elif path.is_dir() and any(path.iterdir()):
             raise UserError(f"{path} is not empty and holds no run; choose another --out")
+        elif not (nearest := next(place for place in (path, *path.absolute().parents) if place.exists())).is_dir():
+            raise UserError(f"cannot write to the run's folder {path}: {nearest} is a file; choose another --out")
         self._config = config
 
     def start(self) -> "RunFolder":

@@ -72,7 +72,7 @@ def desk(tmp_path: Path) -> Path:
         "faulty.jsonl": QUESTION + '{"id": "q2", "question":\n',
         "faulty_corpus.jsonl": PASSAGE + '{"id": "b"}\n',
         "config.yaml": "seed: 3\n",
-        "misspelt.yaml": "search:\n  top_k: 3\n",
+        "misspelt.yaml": "search:\n  passages: 3\n",
         "twice.yaml": "seed: 1\nseed: 2\n",
         "full/notes.txt": "mine",
         "no_adapter/README.md": "mine",
@@ -95,7 +95,7 @@ def test_help_loads_nothing_heavy(tmp_path: Path, words: list[str]) -> None:
     ("words", "message"),
     [
         ("train --preset demo grpo.step=3", "unknown config key grpo.step; did you mean grpo.steps?"),
-        ("ask Who? --config misspelt.yaml", "unknown config key search.top_k; known here: corpus, index, k,"),
+        ("ask Who? --config misspelt.yaml", "unknown config key search.passages; known here: corpus, index, k,"),
         ("train grpo.clip=-1", "grpo.clip=-1 is impossible"),
         ("train grpo.micro_batch_size=7", "grpo.micro_batch_size=7 must divide"),
         ("train seed", "'seed' is not an override; write key=value"),
