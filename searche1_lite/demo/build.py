@@ -264,7 +264,10 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     arguments = vars(parser.parse_args())
     out, device = arguments.pop("out"), arguments.pop("device")
-    train(BuildConfig(**arguments), out, device)
+    build = BuildConfig(**arguments)
+    if not 0 < build.warmup_steps < build.steps:
+        parser.error(f"--warmup-steps {build.warmup_steps} must be between 1 and --steps {build.steps}")
+    train(build, out, device)
 
 
 if __name__ == "__main__":
