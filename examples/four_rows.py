@@ -18,6 +18,7 @@ from typing import Any
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, load_config
 from searche1_lite.console import RichTasks
+from searche1_lite.errors import UserError
 from searche1_lite.evolve import run
 
 ROWS = {
@@ -88,6 +89,10 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="ofsd always comes first")
     arguments = parser.parse_args()
     results: dict[str, list[dict[str, Any]]] = {}
+    try:
+        row_config("ofsd", 0, arguments.settings, None)
+    except UserError as error:
+        parser.error(str(error))
     for seed in arguments.seeds:
         donor = arguments.out / f"ofsd-{seed}"
         model_run = None

@@ -68,7 +68,7 @@ class BuildConfig:
     with several hops."""
     sharpening: float = 1.5
     """The final norm is multiplied by this after training, as if sampled at temperature 1/1.5: so small a network keeps
-    a tail on other names at every word it copies, and an answer takes up to twenty of them."""
+    a tail on other names at every word it copies, and an answer takes many of them."""
 
 
 def demo_protocol_config() -> ProtocolConfig:

@@ -16,7 +16,7 @@ from searche1_lite.search.base import Passage, Retriever
 ENVIRONMENT_WEIGHT = 0.05
 """Loss weight of environment tokens while pre-training; predicting passages helps learning to copy from them."""
 GUESS_WEIGHT = 0.1
-"""Loss weight of a guessed name: it is pure noise, worth four times as many nats as all decisions of an episode."""
+"""Loss weight of a guessed name: drawn at random, it has nothing to teach and would drown the decisions."""
 
 GUESSERS = frozenset({"spouse", "capital", "founder", "base"})
 """Last relations of questions that the policy mostly guesses."""

@@ -1,9 +1,9 @@
 """A fictional wiki, generated from a seed: the demo's corpus and questions.
 
 People, cities, countries, companies and works are tied by eleven relations; every fact has one short passage, under the
-title of the entity it is about. Names share their words on purpose (`Port Miro`, `New Miro`;
-a score of people called `Dora`), so that a query with half a name mostly finds somebody else. Questions chain one to
-three relations: `What is the mayor of the birthplace of Dora Velu?`. Nothing is true, so nothing can be known without
+title of the entity it is about. Names share their words on purpose (`Port Miro`, `New Miro`; a score of
+people called `Dora`), so that a query with half a name mostly finds somebody else. Questions chain one to three
+relations: `What is the mayor of the birthplace of Dora Velu?`. Nothing is true, so nothing can be known without
 searching.
 """
 
