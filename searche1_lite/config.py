@@ -41,12 +41,14 @@ class ModelConfig:
 
 @dataclass(config=_STRICT)
 class SearchConfig:
-    corpus: str = "demo"
-    """`demo` for the shipped fictional wiki, or a JSONL file with `id` and `contents`."""
+    corpus: str | None = None
+    """`demo` for the shipped fictional wiki, a JSONL file (`.gz` too) with `id` and `contents`, or a folder of text
+    files. Its index is built on first use, in the cache folder."""
     index: str | None = None
-    """A ready Lucene index; default: built from `corpus` on first use, in the cache folder."""
+    """A ready index instead: a Lucene index's folder, one of Pyserini's prebuilt indexes by name, such as
+    `wikipedia-dpr-100w`, or `wiki-18` for Search-R1's. One that stores no text takes it from `corpus`."""
     k: PositiveInt = 3
-    """Passages a search."""
+    """Passages a search; each is cut to `protocol.max_document_tokens`."""
     k1: Annotated[float, Field(ge=0.0)] = 0.9
     b: Fraction = 0.4
     threads: PositiveInt = 2
@@ -95,10 +97,13 @@ class ProtocolConfig:
 
 @dataclass(config=_STRICT)
 class DataConfig:
-    train: str = "demo"
-    """`demo`, or a JSONL file of questions to train on (`id`, `question`, `golden_answers`)."""
-    evaluation: str = "demo"
-    """`demo`, or a JSONL file of questions to evaluate on; never trained on."""
+    train: str | None = None
+    """Questions to train on: `demo`; a set by name, such as `nq`, `hotpotqa:train`, or `search-r1` for Search-R1's
+    mixture of both; a JSONL file (`id`, `question`, `golden_answers`); or several of them joined by `+`."""
+    train_limit: Count = 0
+    """Train on a seeded subset of this size; 0: all."""
+    evaluation: str | None = None
+    """Questions to evaluate on, named in the same way; never trained on."""
     evaluation_limit: Count = 0
     """Evaluate on a seeded subset of this size; 0: all."""
 

@@ -1,7 +1,7 @@
 """How far apart student and teacher are at each token: the losses of offline self-distillation. Pure functions.
 
-The exact divergences run in vocabulary tiles (TRL's kernel), so full logits are never kept. The two truncated forms,
-each an ablation, need every logit of a token at once and take the tokens in chunks instead.
+The exact divergences run in tiles of tokens and vocabulary (TRL's kernel), so full logits are never kept. The two
+truncated forms, each an ablation, need every logit of a token at once and take the tokens in smaller chunks instead.
 """
 
 import torch
@@ -9,8 +9,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-_TOKENS_PER_CHUNK = 256
-"""Of a truncated divergence; 256 tokens of Qwen's vocabulary are 156 MB of fp32 logits."""
+from searche1_lite.logprobs import TOKENS_PER_TILE
+
+_TOKENS_PER_CHUNK = 128
+"""Of a truncated divergence; 128 tokens of Qwen's vocabulary are 78 MB of fp32 logits."""
 
 
 def divergence(
@@ -41,10 +43,15 @@ def divergence(
         ]
         return torch.cat(chunks)
     beta = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}[kind]
-    values, _ = ChunkedDivergenceFunction.apply(
-        student_hidden, head.weight, head.bias, teacher_hidden, head.weight, head.bias, beta, temperature
-    )
-    return values
+    tiles = [
+        ChunkedDivergenceFunction.apply(
+            student, head.weight, head.bias, teacher, head.weight, head.bias, beta, temperature
+        )[0]
+        for student, teacher in zip(
+            student_hidden.split(TOKENS_PER_TILE), teacher_hidden.split(TOKENS_PER_TILE), strict=True
+        )
+    ]
+    return torch.cat(tiles)
 
 
 def truncated_kl(

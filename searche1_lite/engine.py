@@ -20,6 +20,9 @@ from searche1_lite.protocol import STOP_TAGS
 _TAIL = 16
 """Ids decoded to look for a closing tag; a tag has at most 9 characters, so at most 9 ids."""
 
+_PREFILL_TOKENS = 4096
+"""Tokens of all rows together that one forward pass takes, so that its activations do not grow with rows and documents."""
+
 
 @dataclass(slots=True)
 class SampledTurn:
@@ -108,8 +111,12 @@ class Decoder:
             return
         tokens = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self._device)
         real = (torch.arange(width, device=self._device) < lengths.unsqueeze(1)).long()
-        hidden = self._forward(tokens, real)
-        last = hidden[torch.arange(len(chunks), device=self._device), (lengths - 1).clamp(min=0)]
+        rows, piece = torch.arange(len(chunks), device=self._device), max(1, _PREFILL_TOKENS // len(chunks))
+        last = torch.zeros(0)
+        for start in range(0, width, piece):
+            hidden = self._forward(tokens[:, start : start + piece], real[:, start : start + piece])
+            ends = hidden[rows, (lengths - 1 - start).clamp(0, hidden.shape[1] - 1)]
+            last = ends if start == 0 else torch.where((lengths > start).unsqueeze(1), ends, last)
         logits = self._head(last)
         self.logits = logits if self.logits.numel() == 0 else torch.where(lengths.unsqueeze(1) > 0, logits, self.logits)
 

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.nn.functional import pad as pad_columns
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import pad
 
 from searche1_lite.benchmarks import check_enough
 from searche1_lite.config import Config
-from searche1_lite.model import compute_dtype, drop_adapter, keep_adapter_fp32
+from searche1_lite.logprobs import completion_hidden, token_logprobs
+from searche1_lite.model import compute_context, compute_dtype, drop_adapter, keep_adapter_fp32
 from searche1_lite.protocol import Protocol
 from searche1_lite.rollout import rollout
 from searche1_lite.search.base import Retriever
@@ -84,10 +87,51 @@ class StepReporter(TrainerCallback):
 
 
 class RolloutGRPOTrainer(GRPOTrainer):
-    """TRL's trainer, with each micro-batch's padding cut before the forward pass."""
+    """TRL's trainer, with padding cut and only model-written tokens projected onto the vocabulary."""
+
+    scored: torch.Tensor
+    """(B, C) 1 at the model-written tokens of the batch at hand, whose log-probs are asked for."""
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        return super()._compute_loss(model, trim_padding(inputs))
+        inputs = trim_padding(inputs)
+        self.scored = inputs["completion_mask"] * inputs["tool_mask"]
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """Log-probs and entropies (B, `logits_to_keep`), 0 where a token is not the model's; no loss of experts."""
+        policy = self.accelerator.unwrap_model(model)
+        logprobs, entropies = [], []
+        for first in range(0, len(input_ids), batch_size or len(input_ids)):
+            rows = slice(first, first + (batch_size or len(input_ids)))
+            split = input_ids.shape[1] - logits_to_keep
+            batch = trim_padding(
+                {
+                    "prompt_ids": input_ids[rows, :split],
+                    "prompt_mask": attention_mask[rows, :split],
+                    "completion_ids": input_ids[rows, split:],
+                    "completion_mask": attention_mask[rows, split:],
+                    "scored": self.scored[rows],
+                }
+            )
+            keep = batch.pop("scored").bool()
+            hidden = completion_hidden(policy, **batch)[keep]
+            with compute_context(policy):
+                found = token_logprobs(
+                    policy.get_output_embeddings(), hidden, batch["completion_ids"][keep], self.temperature
+                )
+            for values, kept in zip(found, (logprobs, entropies), strict=True):
+                # `masked_scatter` keeps the graph when nothing is scored, so that the backward pass still works.
+                rowed = values.new_zeros(keep.shape).masked_scatter(keep, values)
+                kept.append(pad_columns(rowed, (0, logits_to_keep - keep.shape[1])))
+        return torch.cat(logprobs), torch.cat(entropies), None
 
 
 def trim_padding(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -165,6 +209,8 @@ def train_grpo(
         )
         latest["trajectories"], latest["seconds"] = trajectories, time.monotonic() - began
         latest["total"] += latest["seconds"]
+        masks = [torch.tensor(t.loss_mask, device=model.device) for t in trajectories]
+        trainer.scored = pad(masks, padding_value=0, padding_side="right")
         if on_rollouts is not None:
             on_rollouts(trajectories)
         return {

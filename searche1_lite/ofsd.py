@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 from trl import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
@@ -27,7 +26,8 @@ from trl.trainer.utils import pad
 from searche1_lite.config import Config, OFSDStageConfig
 from searche1_lite.divergence import divergence
 from searche1_lite.grpo import OnStep, StepReporter, drop_printer, trainer_arguments, trim_padding
-from searche1_lite.model import drop_adapter, keep_adapter_fp32, snapshot_adapter, use_adapter
+from searche1_lite.logprobs import completion_hidden, token_logprobs
+from searche1_lite.model import compute_context, drop_adapter, keep_adapter_fp32, snapshot_adapter, use_adapter
 from searche1_lite.protocol import Protocol
 from searche1_lite.seeding import derive_seed
 from searche1_lite.trajectory import Trajectory
@@ -126,22 +126,6 @@ def _padded(rows: Sequence[Sequence[int]], value: int, side: str, device: torch.
     return pad([torch.tensor(row) for row in rows], padding_value=value, padding_side=side).to(device)
 
 
-def completion_hidden(
-    model: PeftModel,
-    prompt_ids: torch.Tensor,
-    prompt_mask: torch.Tensor,
-    completion_ids: torch.Tensor,
-    completion_mask: torch.Tensor,
-) -> torch.Tensor:
-    """Hidden states (B, C, H) that predict each completion token; prompts are padded on the left. Makes no logits."""
-    backbone = model.get_base_model().base_model
-    mask = torch.cat([prompt_mask, completion_mask], dim=1)
-    hidden = backbone(
-        input_ids=torch.cat([prompt_ids, completion_ids], dim=1), attention_mask=mask, use_cache=False
-    ).last_hidden_state
-    return hidden[:, prompt_ids.shape[1] - 1 : -1]
-
-
 @contextmanager
 def as_teacher(model: PeftModel, kind: str) -> Iterator[None]:
     """The model as the teacher: the frozen snapshot, the bare base, or as it is now. No gradient."""
@@ -178,7 +162,8 @@ def token_kl(
             prompt_mask = _padded([[1] * len(row) for row in batch_prompts], 0, "left", model.device)
             hidden.append(completion_hidden(model, ids, prompt_mask, completion, mask)[keep])
         values = torch.zeros(completion.shape, device=model.device)
-        values[keep] = divergence(model.get_output_embeddings(), hidden[0], hidden[1], temperature=temperature)
+        with compute_context(model):
+            values[keep] = divergence(model.get_output_embeddings(), hidden[0], hidden[1], temperature=temperature)
         result += [values[row, : len(t.completion_ids)].tolist() for row, t in enumerate(rows)]
     return result
 
@@ -250,19 +235,20 @@ class OFSDTrainer(DistillationTrainer):
         hidden = completion_hidden(unwrapped_student, inputs["prompt_ids"], inputs["prompt_mask"], completion, mask)[
             keep
         ]
-        if teacher_hidden is None:
-            logits = unwrapped_student.get_output_embeddings()(hidden).float() / self.temperature
-            losses = F.cross_entropy(logits, completion[keep], reduction="none")
-        else:
-            losses = divergence(
-                unwrapped_student.get_output_embeddings(),
-                hidden,
-                teacher_hidden,
-                settings.divergence,
-                self.temperature,
-                settings.clip,
-                settings.top_k,
-            )
+        head = unwrapped_student.get_output_embeddings()
+        with compute_context(unwrapped_student):
+            if teacher_hidden is None:
+                losses = -token_logprobs(head, hidden, completion[keep], self.temperature)[0]
+            else:
+                losses = divergence(
+                    head,
+                    hidden,
+                    teacher_hidden,
+                    settings.divergence,
+                    self.temperature,
+                    settings.clip,
+                    settings.top_k,
+                )
         items = num_items_in_batch if num_items_in_batch is not None else keep.sum().clamp(min=1)
         return losses.sum() / items, torch.zeros((), device=losses.device), keep.sum()
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from searche1_lite.config import EngineConfig
 from searche1_lite.engine import Decoder, SampledTurn, UniformStream
+from searche1_lite.model import compute_context
 from searche1_lite.protocol import Action, Protocol, parse_turn
 from searche1_lite.reward import exact_match, extract_answer, f1_score
 from searche1_lite.search.base import Passage, Retriever
@@ -143,15 +144,16 @@ def rollout(
                     UniformStream(derive_seed(*seed_parts, e.trajectory.question.id, e.trajectory.sample))
                     for e in episodes
                 ]
-            _play(
-                Decoder(model, tokenizer, batch_prompts, n),
-                retriever,
-                episodes,
-                streams,
-                engine.temperature,
-                k,
-                on_progress,
-            )
+            with compute_context(model):
+                _play(
+                    Decoder(model, tokenizer, batch_prompts, n),
+                    retriever,
+                    episodes,
+                    streams,
+                    engine.temperature,
+                    k,
+                    on_progress,
+                )
             finished += [episode.finish() for episode in episodes]
     finally:
         model.train(was_training)

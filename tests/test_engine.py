@@ -1,7 +1,9 @@
 """The kept cache gives what a fresh prefill gives, and sampling depends on the trajectory's own seed alone."""
 
+import pytest
 import torch
 
+from searche1_lite import engine
 from searche1_lite.engine import Decoder, UniformStream, pick_tokens
 from searche1_lite.seeding import derive_seed
 
@@ -11,8 +13,10 @@ def fresh_logits(model, ids: list[int]) -> torch.Tensor:
         return model(input_ids=torch.tensor([ids])).logits[0, -1]
 
 
+@pytest.mark.parametrize("prefill_tokens", [4096, 9, 1])
 @torch.inference_mode()
-def test_kept_kv_equals_a_fresh_prefill_over_three_uneven_turns(tiny_policy) -> None:
+def test_kept_kv_equals_a_fresh_prefill_over_three_uneven_turns(tiny_policy, monkeypatch, prefill_tokens: int) -> None:
+    monkeypatch.setattr(engine, "_PREFILL_TOKENS", prefill_tokens)
     model, tokenizer = tiny_policy
     rows = [list(b"What?"), list(b"A much longer prompt than the others"), list(b"Mid one")]
     decoder = Decoder(model, tokenizer, rows)

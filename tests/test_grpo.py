@@ -23,9 +23,13 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig
 
+from searche1_lite import grpo
+from searche1_lite import model as model_module
 from searche1_lite.config import Config, EngineConfig, GRPOStageConfig, ModelConfig, OFSDStageConfig
+from searche1_lite.engine import Decoder
 from searche1_lite.errors import UserError
 from searche1_lite.grpo import RolloutGRPOTrainer, exact_match_reward, train_grpo, trim_padding
+from searche1_lite.logprobs import token_logprobs
 from searche1_lite.model import keep_adapter_fp32, load_policy, save_adapter
 from searche1_lite.ofsd import select_pairs, train_ofsd
 from searche1_lite.protocol import Protocol
@@ -114,6 +118,52 @@ def test_only_the_adapter_moves_and_the_policy_is_given_back_as_it_was(talker, t
     assert gradient_flags(model) == flags and list(model.peft_config) == ["default"]
     assert model.active_adapter == "default" and not model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_only_model_written_tokens_are_projected_onto_the_vocabulary(
+    talker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the pass for the reference as by those for the update."""
+    projected: list[int] = []
+
+    def watched(head: torch.nn.Module, hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        projected.append(len(hidden))
+        return token_logprobs(head, hidden, *rest)
+
+    monkeypatch.setattr(grpo, "token_logprobs", watched)
+    stage = Stage(*talker, tmp_path, configured(steps=1, kl_coefficient=0.1))
+    written = [t.n_model_tokens for t in stage.batches[0]]
+    assert any(t.n_model_tokens < len(t.completion_ids) for t in stage.batches[0]), "there is environment text"
+    by_micro_batch = [sum(written[first : first + 2]) for first in range(0, 8, 2)]
+    assert projected[:4] == by_micro_batch and sum(projected[4:]) == sum(written)
+
+
+def test_in_bf16_the_cache_is_bf16_and_the_adapter_stays_fp32(
+    talking_policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the 4-bit base computes in bf16, and small updates of the adapter are not rounded away."""
+    monkeypatch.setattr(model_module, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(grpo, "compute_dtype", lambda device: torch.bfloat16)
+    kept: set[torch.dtype] = set()
+    real_keep = Decoder.keep
+
+    def watched_keep(decoder: Decoder, rows: Sequence[int]) -> None:
+        kept.update(layer.keys.dtype for layer in decoder._cache.layers)
+        kept.update(layer.values.dtype for layer in decoder._cache.layers)
+        real_keep(decoder, rows)
+
+    monkeypatch.setattr(Decoder, "keep", watched_keep)
+    model, tokenizer = fresh_policy(talking_policy_folder)
+    before = adapter_weights(model)
+    stage = Stage(model, tokenizer, tmp_path, configured(steps=1, learning_rate=1e-6, kl_coefficient=0.1))
+    assert kept == {torch.bfloat16}
+    assert {parameter.dtype for name, parameter in model.named_parameters() if "norm" in name} == {torch.bfloat16}
+    middle = adapter_weights(model)
+    changed = [key for key in before if not torch.equal(before[key], middle[key])]
+    assert changed and all(weight.dtype == torch.float32 for weight in middle.values())
+    # An update of 1e-6 to a weight of 0.05 is far below what bf16 can tell apart.
+    assert any(torch.equal(before[key].bfloat16(), middle[key].bfloat16()) for key in changed)
+    assert math.isfinite(stage.records[0]["loss"])
 
 
 def test_a_stage_that_breaks_off_still_gives_the_policy_back(talker, tmp_path: Path) -> None:
