@@ -21,7 +21,7 @@ _TAIL = 16
 """Ids decoded to look for a closing tag; a tag has at most 9 characters, so at most 9 ids."""
 
 _PREFILL_TOKENS = 4096
-"""Tokens of all rows together that one forward pass takes, so that its activations do not grow with rows and documents."""
+"""Tokens of all rows that one forward pass takes, so that its activations do not grow with rows and documents."""
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ move the policy. LoRA weights are fp32 masters on every device; activations and 
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -63,6 +63,16 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float32
+
+
+def compute_context(model: PeftModel) -> AbstractContextManager[None]:
+    """What every pass through the model runs under: bf16 autocast where it computes in bf16, nothing in fp32.
+
+    Rollouts, both training steps and the diagnostics share it, so all round alike; the fp32 adapter is cast in it, once
+    a context (PyTorch keeps the cast weights), and its activations are kept in bf16.
+    """
+    dtype = compute_dtype(model.device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(model.device.type, dtype=dtype)
 
 
 def load_policy(
