@@ -67,6 +67,23 @@ class Run:
         self.model, self.tokenizer = load_policy(config.model, adapter=adapter, seed=config.seed)
         self.protocol = TagProtocol(self.tokenizer, config.protocol)
 
+    def rollout(
+        self, questions: Sequence[Question], n: int, seed_parts: Sequence[int | str], **how: Any
+    ) -> list[Trajectory]:
+        """`rollout` with this run's settings."""
+        return rollout(
+            self.model,
+            self.tokenizer,
+            self.retriever,
+            self.protocol,
+            questions,
+            n,
+            engine=self.config.engine,
+            k=self.config.search.k,
+            seed_parts=seed_parts,
+            **how,
+        )
+
     def answer(
         self,
         name: str,
@@ -76,22 +93,9 @@ class Run:
         greedy: bool,
         prompts: Sequence[list[int]] | None = None,
     ) -> list[Trajectory]:
-        """`rollout` with this run's settings, shown as the task `name`."""
+        """`rollout`, shown as the task `name`."""
         with self.progress.task(name, len(questions) * n) as advance:
-            return rollout(
-                self.model,
-                self.tokenizer,
-                self.retriever,
-                self.protocol,
-                questions,
-                n,
-                engine=self.config.engine,
-                k=self.config.search.k,
-                seed_parts=seed_parts,
-                greedy=greedy,
-                prompts=prompts,
-                on_progress=advance,
-            )
+            return self.rollout(questions, n, seed_parts, greedy=greedy, prompts=prompts, on_progress=advance)
 
 
 def run(config: Config, folder: RunFolder, progress: Progress) -> dict[str, Any]:
@@ -157,7 +161,7 @@ def _run_grpo(
     folder.save_trajectories(f"{name}.rollouts", [])
     with work.progress.task(f"round{index}: GRPO", work.config.grpo.steps) as advance:
         result = train_grpo(
-            work.model, work.tokenizer, work.retriever, work.protocol, questions, work.config,
+            work.model, work.tokenizer, work.rollout, questions, work.config,
             run_seed=work.config.seed, round_index=index, output_dir=folder.path / "checkpoints",
             on_step=lambda record: (folder.log(record), advance(1)),
             on_rollouts=lambda rollouts: folder.add_trajectories(f"{name}.rollouts", [t.to_dict() for t in rollouts]),

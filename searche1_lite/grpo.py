@@ -23,9 +23,6 @@ from searche1_lite.benchmarks import check_enough
 from searche1_lite.config import Config
 from searche1_lite.logprobs import completion_hidden, token_logprobs
 from searche1_lite.model import compute_context, compute_dtype, drop_adapter, keep_adapter_fp32
-from searche1_lite.protocol import Protocol
-from searche1_lite.rollout import rollout
-from searche1_lite.search.base import Retriever
 from searche1_lite.seeding import derive_seed
 from searche1_lite.trajectory import Question, Trajectory
 
@@ -33,6 +30,9 @@ REFERENCE = "ref"
 """The frozen adapter that TRL adds for the KL term."""
 
 OnStep = Callable[[dict[str, Any]], None]
+
+Answer = Callable[[Sequence[Question], int, Sequence[int | str]], list[Trajectory]]
+"""Questions, rollouts a question, and the parts of the seed -> trajectories."""
 
 
 def trainer_arguments(model: PeftModel, config: Config, *, seed: int, output_dir: Path, steps: int) -> dict[str, Any]:
@@ -157,8 +157,7 @@ def exact_match_reward(prompts: list[str], completions: list[str], em: list[floa
 def train_grpo(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    retriever: Retriever,
-    protocol: Protocol,
+    answer: Answer,
     questions: Sequence[Question],
     config: Config,
     *,
@@ -172,6 +171,7 @@ def train_grpo(
     """One GRPO stage; the trained adapter is changed in place.
 
     Args:
+        answer: gives the fresh rollouts of the policy as it is, `group_size` a question, question by question.
         questions: training questions; each step takes `questions_per_step` of them in a seeded order.
         on_step: told each step's figures.
         on_rollouts: shown each step's trajectories.
@@ -196,17 +196,7 @@ def train_grpo(
         asked = [questions[int(key)] for key in prompts[::size]]
         if len(prompts) % size or [key for key in prompts[::size] for _ in range(size)] != list(prompts):
             raise RuntimeError("TRL no longer passes each prompt group_size times in a row; pin trl<1.17")
-        trajectories = rollout(
-            model,
-            tokenizer,
-            retriever,
-            protocol,
-            asked,
-            size,
-            engine=config.engine,
-            k=config.search.k,
-            seed_parts=(run_seed, "grpo", round_index, trainer.state.global_step),
-        )
+        trajectories = answer(asked, size, (run_seed, "grpo", round_index, trainer.state.global_step))
         latest["trajectories"], latest["seconds"] = trajectories, time.monotonic() - began
         latest["total"] += latest["seconds"]
         masks = [torch.tensor(t.loss_mask, device=model.device) for t in trajectories]

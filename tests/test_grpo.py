@@ -33,6 +33,7 @@ from searche1_lite.logprobs import token_logprobs
 from searche1_lite.model import keep_adapter_fp32, load_policy, save_adapter
 from searche1_lite.ofsd import select_pairs, train_ofsd
 from searche1_lite.protocol import Protocol
+from searche1_lite.rollout import rollout
 from searche1_lite.search.base import Passage
 from searche1_lite.trajectory import Question, Trajectory
 
@@ -71,11 +72,18 @@ class Stage:
         self.records: list[dict[str, Any]] = []
         self.batches: list[list[Trajectory]] = []
         shelf = ShelfRetriever([Passage("1", "Lima", "Lima is in Peru"), Passage("2", "Oslo", "Oslo is far away")])
+
+        def answer(asked: Sequence[Question], n: int, seed_parts: Sequence[int | str]) -> list[Trajectory]:
+            protocol = Protocol(tokenizer, config.protocol)
+            return rollout(
+                model, tokenizer, shelf, protocol, asked, n, engine=config.engine, k=config.search.k,
+                seed_parts=seed_parts,
+            )  # fmt: skip
+
         self.result = train_grpo(
             model,
             tokenizer,
-            shelf,
-            Protocol(tokenizer, config.protocol),
+            answer,
             questions,
             config,
             run_seed=seed,
