@@ -1,53 +1,138 @@
-"""Questions: the demo's, or your own JSONL (`id`, `question`, `golden_answers`)."""
+"""Questions: the demo's, the public QA sets, or your own files (`id`, `question`, `golden_answers`).
 
+A spec names them: `demo`, `nq`, `hotpotqa:train`, `mine.jsonl`, or several of these joined by `+`. The public sets are
+fetched from the hub when they are first asked for. Training questions that a public set shares with the evaluation are
+left out; the other kinds are refused, as they are yours to mend.
+"""
+
+import difflib
+import gzip
 import json
-from collections.abc import Sequence
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from searche1_lite.config import Config, GRPOStageConfig
 from searche1_lite.errors import UserError
 from searche1_lite.seeding import derive_seed
 from searche1_lite.trajectory import Question
 
+Notice = Callable[[str], None]
+"""Takes one line that the user should see."""
 
-def load_questions(spec: str, split: str, limit: int = 0, seed: int = 0) -> list[Question]:
+COLUMNS = ("id", "question", "golden_answers")
+
+
+@dataclass(frozen=True)
+class PublicSet:
+    """A question set on the hub; `files` gives each split's file, in the order train, dev, test."""
+
+    repo: str
+    files: dict[str, str]
+
+
+def _flashrag(folder: str, *splits: str) -> PublicSet:
+    return PublicSet("RUC-NLPIR/FlashRAG_datasets", {split: f"{folder}/{split}.jsonl" for split in splits})
+
+
+PUBLIC_SETS = {
+    "nq": _flashrag("nq", "train", "dev", "test"),
+    "triviaqa": _flashrag("triviaqa", "train", "dev", "test"),
+    "popqa": _flashrag("popqa", "test"),
+    "hotpotqa": _flashrag("hotpotqa", "train", "dev"),
+    "2wiki": _flashrag("2wikimultihopqa", "train", "dev"),
+    "musique": _flashrag("musique", "train", "dev"),
+    "bamboogle": _flashrag("bamboogle", "test"),
+    "search-r1": PublicSet("PeterJinGo/nq_hotpotqa_train", {"train": "train.parquet", "test": "test.parquet"}),
+}
+
+_EXAMPLES = "`demo`, a set such as `nq`, a JSONL file, or several joined by `+`"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One name out of a spec, checked before anything is read or fetched."""
+
+    name: str
+    """`demo`, a public set's name, or an own file's path."""
+    split: str = ""
+    """Empty for an own file."""
+
+    @property
+    def public(self) -> bool:
+        return bool(self.split) and self.name in PUBLIC_SETS
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.split}" if self.split else self.name
+
+
+def load_questions(
+    spec: str, split: str, limit: int = 0, seed: int = 0, notice: Notice | None = None
+) -> list[Question]:
     """The questions of `spec`.
 
     Args:
-        spec: `demo`, `demo:SPLIT` or a JSONL file.
-        split: which of the demo's splits plain `demo` means: `train`, `dev` or `test`.
+        spec: `demo`, a public set, either with `:SPLIT`, a question file, or several of them joined by `+`.
+        split: what a set named without a split means: `train`, `dev` or `test` (of a public set without a test split:
+            dev).
         limit: a seeded subset of this size, in file order; 0 for all.
+        notice: told how many of a public set's questions have no usable answer; they are left out.
 
     Raises:
-        UserError: with file and line number, for a line that cannot be read, lacks a column or repeats an id.
+        UserError: for an unknown set or split, a set that cannot be fetched, and, with file and line number, for a line
+            that cannot be read, lacks a column or repeats an id.
     """
-    if spec == "demo" or spec.startswith("demo:"):
-        from searche1_lite.demo.world import SPLIT_SIZES, load_demo_questions
-
-        split = spec.partition(":")[2] or split
-        if split not in SPLIT_SIZES:
-            raise UserError(f"the demo has no split {split!r}; there are: {', '.join(SPLIT_SIZES)}")
-        questions = load_demo_questions(split)
-    else:
-        questions = _read_questions(Path(spec))
-    if limit and limit < len(questions):
-        chosen = Random(derive_seed(seed, "subset")).sample(range(len(questions)), limit)
-        questions = [questions[index] for index in sorted(chosen)]
-    return questions
+    return _subset(_join(_load(_parse(spec, split), notice)), limit, derive_seed(seed, "subset"))
 
 
-def load_run_questions(config: Config) -> tuple[list[Question], list[Question]]:
+def load_run_questions(config: Config, notice: Notice | None = None) -> tuple[list[Question], list[Question]]:
     """A run's training and evaluation questions, which have none in common.
 
+    A public set's training questions that stand in the evaluation data, its whole split, are left out, whatever the
+    evaluation is limited to: one may evaluate on all of it later.
+
+    Args:
+        notice: told how many were left out.
+
     Raises:
-        UserError: as `load_questions`, `check_disjoint` and `check_enough` do.
+        UserError: as `load_questions`, `check_disjoint` and `check_enough` do; also where `data.train` or
+            `data.evaluation` is not set, or nothing is left to train on.
     """
-    train = load_questions(config.data.train, "train")
-    evaluation = load_questions(config.data.evaluation, "test", config.data.evaluation_limit, config.seed)
+    parts = _parse(named(config.data.train, "data.train"), "train")
+    held_out_parts = _parse(named(config.data.evaluation, "data.evaluation"), "test")  # before the first is fetched
+    loaded = _load(parts, notice)
+    held_out = _join(_load(held_out_parts, notice))
+    evaluation = _subset(held_out, config.data.evaluation_limit, derive_seed(config.seed, "subset"))
+
+    keys = {_key(question) for question in held_out}
+    kept = [
+        (part, [question for question in questions if not part.public or _key(question) not in keys])
+        for part, questions in loaded
+    ]
+    left_out = sum(len(questions) for _, questions in loaded) - sum(len(questions) for _, questions in kept)
+    train = _join(kept)
+    if left_out and not train:
+        raise UserError(
+            f"all {left_out} questions of data.train={config.data.train} are in data.evaluation="
+            f"{config.data.evaluation} too; give another split or set to train on"
+        )
     check_disjoint(train, evaluation)
+    if left_out and notice is not None:
+        notice(f"{left_out} questions of {config.data.train} are in {config.data.evaluation} too; not trained on")
+    train = _subset(train, config.data.train_limit, derive_seed(config.seed, "training subset"))
     check_enough(train, config.grpo)
     return train, evaluation
+
+
+def named(spec: str | None, key: str) -> str:
+    """`spec`, refused with the name of its setting where there is none."""
+    if spec is None or not spec.strip():
+        raise UserError(f"{key} is not set; give {_EXAMPLES}")
+    return spec
 
 
 def check_enough(questions: Sequence[Question], stage: GRPOStageConfig) -> None:
@@ -59,53 +144,234 @@ def check_enough(questions: Sequence[Question], stage: GRPOStageConfig) -> None:
         )
 
 
+def check_disjoint(train: Sequence[Question], evaluation: Sequence[Question]) -> None:
+    """Refuses to evaluate on training questions (compared lower-cased, white space squeezed)."""
+    trained = {_key(question): question for question in train}
+    for question in evaluation:
+        if (same := trained.get(_key(question))) is not None:
+            raise UserError(
+                f"evaluation question {question.id!r} is training question {same.id!r}; take it out of one of them"
+            )
+
+
+def _key(question: Question) -> str:
+    return " ".join(question.question.lower().split())
+
+
+def _subset(questions: list[Question], limit: int, seed: int) -> list[Question]:
+    if not limit or limit >= len(questions):
+        return questions
+    return [questions[index] for index in sorted(Random(seed).sample(range(len(questions)), limit))]
+
+
+def _parse(spec: str, split: str) -> list[_Part]:
+    """The parts of `spec`; an unknown name, split or file is refused here, before any download."""
+    texts = [spec] if Path(spec).is_file() else spec.split("+")
+    parts = [_parse_one(text.strip() if len(texts) > 1 else text, spec, split) for text in texts]
+    for index, part in enumerate(parts):
+        if part in parts[:index]:
+            raise UserError(f"{spec!r} names {part} twice; name it once")
+    return parts
+
+
+def _parse_one(text: str, spec: str, split: str) -> _Part:
+    if not text:
+        raise UserError(f"{spec!r} has an empty part; give {_EXAMPLES}")
+    name, _, asked = text.partition(":")
+    if name == "demo":
+        from searche1_lite.demo.world import SPLIT_SIZES
+
+        if (asked or split) not in SPLIT_SIZES:
+            raise UserError(f"the demo has no split {asked or split!r}; there are: {', '.join(SPLIT_SIZES)}")
+        return _Part(name, asked or split)
+    if name in PUBLIC_SETS and not (":" in text and Path(text).is_file()):
+        splits = PUBLIC_SETS[name].files
+        if not asked:
+            asked = "dev" if split == "test" and "test" not in splits else split
+        if asked not in splits:
+            raise UserError(f"{name} has no split {asked!r}; there are: {', '.join(splits)}")
+        return _Part(name, asked)
+    if not Path(text).is_file():
+        near = difflib.get_close_matches(name.lower(), [*PUBLIC_SETS, "demo"], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"give {_EXAMPLES} (sets: {', '.join(PUBLIC_SETS)})"
+        raise UserError(f"no question file at {text}; {hint}")
+    return _Part(text)
+
+
+def _load(parts: Sequence[_Part], notice: Notice | None) -> list[tuple[_Part, list[Question]]]:
+    """Each part with its questions. Ids repeat across sets, so where parts are joined, a set's begin with its name."""
+    loaded = [(part, _load_part(part, notice)) for part in parts]
+    if len(parts) > 1:
+        for part, questions in loaded:
+            for question in questions if part.split else ():
+                question.id = f"{part.name}:{question.id}"
+        seen: dict[str, _Part] = {}
+        for part, questions in loaded:
+            for question in questions:
+                if question.id in seen:
+                    raise UserError(f"id {question.id!r} is in {seen[question.id]} and in {part}; rename one of them")
+                seen[question.id] = part
+    return loaded
+
+
+def _join(loaded: Sequence[tuple[_Part, list[Question]]]) -> list[Question]:
+    return [question for _, questions in loaded for question in questions]
+
+
+def _load_part(part: _Part, notice: Notice | None) -> list[Question]:
+    if part.public:
+        return _load_public(part, notice)
+    if part.name == "demo" and part.split:
+        from searche1_lite.demo.world import load_demo_questions
+
+        # Copies, as the demo keeps its own.
+        return [Question(q.id, q.question, q.golden_answers, q.metadata) for q in load_demo_questions(part.split)]
+    return _read_questions(Path(part.name))
+
+
 def _read_questions(path: Path) -> list[Question]:
-    if not path.is_file():
-        raise UserError(f"no question file at {path}; give `demo` or a JSONL file")
+    """The questions of one's own file, read strictly."""
     questions: list[Question] = []
     seen: dict[str, int] = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"{path}:{number}: not a JSON line ({error}); mend or delete it") from error
-            if not isinstance(record, dict):
-                raise UserError(f"{path}:{number}: not a JSON object; write id, question and golden_answers")
-            for column in ("id", "question", "golden_answers"):
-                if column not in record:
-                    raise UserError(f"{path}:{number}: no `{column}`; a question needs id, question and golden_answers")
-            golds = record["golden_answers"]
-            # A blank one would be matched by an empty answer.
-            if not isinstance(golds, list) or not golds or not all(isinstance(g, str) and g.strip() for g in golds):
-                raise UserError(f"{path}:{number}: golden_answers must be a list of at least one string, none blank")
-            if not isinstance(record["question"], str) or not record["question"].strip():
-                raise UserError(f"{path}:{number}: the question is empty; write one or delete the line")
-            if isinstance(record["id"], bool) or not isinstance(record["id"], str | int):
-                raise UserError(f"{path}:{number}: the id must be a string or a whole number")
-            if not isinstance(record.get("metadata") or {}, dict):
-                raise UserError(f"{path}:{number}: metadata must be an object; mend it or leave it out")
-            question_id = str(record["id"])
-            if question_id in seen:
-                raise UserError(f"{path}:{number}: id {question_id!r} was already used on line {seen[question_id]}")
-            seen[question_id] = number
-            questions.append(Question(question_id, record["question"], golds, record.get("metadata") or {}))
+    try:
+        for number, record in _records(path, (*COLUMNS, "metadata"), str(path)):
+            question = _check_record(record, f"{path}:{number}")
+            if question.id in seen:
+                raise UserError(f"{path}:{number}: id {question.id!r} was already used on line {seen[question.id]}")
+            seen[question.id] = number
+            questions.append(question)
+    except _DamagedError as error:
+        raise UserError(f"{path} is damaged or cut off ({error}); write it anew") from error
     if not questions:
         raise UserError(f"{path} holds no question; give a JSONL file with id, question and golden_answers")
     return questions
 
 
-def check_disjoint(train: Sequence[Question], evaluation: Sequence[Question]) -> None:
-    """Refuses to evaluate on training questions (compared lower-cased, white space squeezed)."""
+def _check_record(record: dict[str, Any], place: str) -> Question:
+    golds = record["golden_answers"]
+    # A blank one would be matched by an empty answer.
+    if not isinstance(golds, list) or not golds or not all(isinstance(g, str) and g.strip() for g in golds):
+        raise UserError(f"{place}: golden_answers must be a list of at least one string, none blank")
+    if not isinstance(record["question"], str) or not record["question"].strip():
+        raise UserError(f"{place}: the question is empty; write one or delete the line")
+    if isinstance(record["id"], bool) or not isinstance(record["id"], str | int):
+        raise UserError(f"{place}: the id must be a string or a whole number")
+    metadata = record.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise UserError(f"{place}: metadata must be an object; mend it or leave it out")
+    try:
+        json.dumps(metadata)
+    except TypeError as error:  # a date, say, in a Parquet file: no rollout could be saved
+        raise UserError(f"{place}: metadata cannot be written as JSON ({error}); mend it or leave it out") from error
+    return Question(str(record["id"]), record["question"], golds, metadata)
 
-    def key(question: Question) -> str:
-        return " ".join(question.question.lower().split())
 
-    trained = {key(question): question for question in train}
-    for question in evaluation:
-        if (same := trained.get(key(question))) is not None:
-            raise UserError(
-                f"evaluation question {question.id!r} is training question {same.id!r}; take it out of one of them"
-            )
+def _load_public(part: _Part, notice: Notice | None) -> list[Question]:
+    """A public set's questions that can be scored.
+
+    Their metadata keeps its plain values. Lists and objects in it are left out: HotpotQA has ten paragraphs a question
+    there, which every rollout would carry along.
+    """
+    from searche1_lite.hub import download_file
+
+    public = PUBLIC_SETS[part.name]
+    filename = public.files[part.split]
+    mixture = filename.endswith(".parquet")
+    path = download_file(public.repo, filename, repo_type="dataset")
+    shown = f"{filename} of {public.repo}"
+    # The mixture's other columns differ in their types from file to file, so they are never looked at.
+    columns = (*COLUMNS, "data_source") if mixture else (*COLUMNS, "metadata")
+    questions: list[Question] = []
+    ids: dict[str, int] = {}
+    total = 0
+    try:
+        for _, record in _records(path, columns, shown, optional=() if mixture else ("metadata",)):
+            total += 1
+            text, golds = record["question"], record["golden_answers"]
+            golds = [gold for gold in golds or () if isinstance(gold, str) and gold.strip()]
+            if not golds or not isinstance(text, str) or not text.strip():
+                continue
+            question_id, metadata = str(record["id"]), {"data_set": part.name}
+            if mixture:
+                metadata["data_set"] = str(record["data_source"])
+                question_id = f"{metadata['data_set']}:{question_id}"
+            elif isinstance(given := record.get("metadata"), dict):
+                metadata |= {key: value for key, value in given.items() if not isinstance(value, list | dict)}
+            if part.name == "musique" and (hops := re.match(r"(\d+)hop", question_id)):
+                metadata.setdefault("hops", int(hops[1]))
+            # Rollouts are seeded and grouped by id.
+            ids[question_id] = ids.get(question_id, 0) + 1
+            if ids[question_id] > 1:
+                question_id = f"{question_id}#{ids[question_id]}"
+            questions.append(Question(question_id, text, golds, metadata))
+    except _DamagedError as error:
+        raise UserError(
+            f"{shown} is damaged or cut off ({error}); delete {path.resolve()} and it is fetched again", exit_code=1
+        ) from error
+    if not questions:
+        raise UserError(f"{shown} holds no question that can be scored; take another set", exit_code=1)
+    if total > len(questions) and notice is not None:
+        notice(f"{total - len(questions)} of {total} questions of {part} have no usable answer; they are left out")
+    return questions
+
+
+class _DamagedError(Exception):
+    """A file that is not what its name says; the message is a reason in one line."""
+
+
+def _records(
+    path: Path, columns: Sequence[str], shown: str, optional: Sequence[str] = ("metadata",)
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line or row number from 1, record) of a JSONL file, gzipped or not, or of a Parquet file.
+
+    Every record has all of `columns` but the optional ones; `shown` names the file in errors.
+    """
+    needed = [column for column in columns if column not in optional]
+    needs = f"a question needs {', '.join(needed[:-1])} and {needed[-1]}"
+    if path.suffix == ".parquet":
+        yield from _parquet_records(path, columns, needed, f"{shown}: no `{{}}`; {needs}")
+        return
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{shown}:{number}: not a JSON line ({error}); mend or delete it") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{shown}:{number}: not a JSON object; write id, question and golden_answers")
+        for column in needed:
+            if column not in record:
+                raise UserError(f"{shown}:{number}: no `{column}`; {needs}")
+        yield number, record
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            yield from enumerate(file, start=1)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise _DamagedError(str(error)) from error
+
+
+def _parquet_records(
+    path: Path, columns: Sequence[str], needed: Sequence[str], missing: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of `columns` only, one row group in memory at a time."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            there = file.schema_arrow.names
+            for column in needed:
+                if column not in there:
+                    raise UserError(missing.format(column))
+            number = 0
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=[column for column in columns if column in there])
+                for record in table.to_pylist():
+                    number += 1
+                    yield number, record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _DamagedError(str(error).strip().splitlines()[0].rstrip(".")) from error

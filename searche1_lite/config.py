@@ -185,6 +185,28 @@ class Config:
     ofsd: OFSDStageConfig = field(default_factory=OFSDStageConfig)
 
 
+DEFAULT_PRESETS = {8: "qwen2.5-3b-8gb", 12: "qwen2.5-3b-12gb", 16: "qwen2.5-3b-16gb", 24: "qwen2.5-3b-24gb"}
+"""What `train` without a preset or a file takes, by the GPU's memory in GB."""
+
+
+def default_preset(gpu_gib: float | None) -> str:
+    """The preset for a GPU of this size.
+
+    Raises:
+        UserError: without a GPU, or with one too small.
+    """
+    if gpu_gib is None:
+        raise UserError(
+            "no NVIDIA GPU found, and no preset or config given; try --preset demo, which needs none, or name one of: "
+            + ", ".join(preset_names())
+        )
+    # A card's usable memory is a little less than its name says.
+    fitting = [size for size in DEFAULT_PRESETS if size <= gpu_gib * 1.06]
+    if not fitting:
+        raise UserError(f"the GPU has {gpu_gib:.1f} GiB, and no preset is made for less than 8; give one with --preset")
+    return DEFAULT_PRESETS[max(fitting)]
+
+
 _SECTIONS = [item.name for item in fields(Config) if is_dataclass(item.type)]
 
 PRESETS = Path(__file__).parent / "presets"
@@ -240,7 +262,7 @@ def parse_config(data: dict[str, Any]) -> Config:
 
 def dump_config(config: Config) -> str:
     """The settings as YAML that `load_config` reads back as the same."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -251,6 +273,17 @@ def flatten(config: Config) -> dict[str, Any]:
             {f"{key}.{inner}": setting for inner, setting in value.items()} if isinstance(value, dict) else {key: value}
         )
     return flat
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes the line breaks that only Unicode knows as escapes; left as they are, YAML would read them as blanks."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if any(character in data for character in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class _Loader(yaml.SafeLoader):

@@ -20,7 +20,7 @@ from searche1_lite.protocol import STOP_TAGS
 _TAIL = 16
 """Ids decoded to look for a closing tag; a tag has at most 9 characters, so at most 9 ids."""
 
-_PREFILL_TOKENS = 4096
+PREFILL_TOKENS = 4096
 """Tokens of all rows that one forward pass takes, so that its activations do not grow with rows and documents."""
 
 
@@ -111,7 +111,7 @@ class Decoder:
             return
         tokens = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self._device)
         real = (torch.arange(width, device=self._device) < lengths.unsqueeze(1)).long()
-        rows, piece = torch.arange(len(chunks), device=self._device), max(1, _PREFILL_TOKENS // len(chunks))
+        rows, piece = torch.arange(len(chunks), device=self._device), max(1, PREFILL_TOKENS // len(chunks))
         last = torch.zeros(0)
         for start in range(0, width, piece):
             hidden = self._forward(tokens[:, start : start + piece], real[:, start : start + piece])

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -28,12 +27,29 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from searche1_lite.config import ModelConfig
 from searche1_lite.errors import UserError
+from searche1_lite.hub import download_folder
 from searche1_lite.seeding import derive_seed
 
 ADAPTER = "default"
 """The adapter that is trained, saved and loaded."""
 
 _DEMO_POLICY = Path(__file__).parent / "demo" / "policy"
+
+_MODEL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+]
+"""What is fetched of a model on the hub: no pickled weights, no other formats, no code."""
 
 
 def resolve_model(name: str) -> str:
@@ -66,13 +82,25 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def compute_context(model: PeftModel) -> AbstractContextManager[None]:
-    """What every pass through the model runs under: bf16 autocast where it computes in bf16, nothing in fp32.
+    """What every pass through the model runs under: autocast where the base was loaded in bf16, nothing in fp32.
 
     Rollouts, both training steps and the diagnostics share it, so all round alike; the fp32 adapter is cast in it, once
     a context (PyTorch keeps the cast weights), and its activations are kept in bf16.
     """
-    dtype = compute_dtype(model.device)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(model.device.type, dtype=dtype)
+    weight = model.get_input_embeddings().weight
+    return nullcontext() if weight.dtype == torch.float32 else torch.autocast(weight.device.type, dtype=weight.dtype)
+
+
+def lora_config(config: ModelConfig) -> LoraConfig:
+    """LoRA on every linear layer but the output embeddings, without dropout."""
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules="all-linear",  # PEFT leaves the output embeddings out of it
+        task_type="CAUSAL_LM",
+    )
 
 
 def load_policy(
@@ -86,21 +114,11 @@ def load_policy(
         seed: the run's seed; a new adapter's weights depend on it alone.
 
     Raises:
-        UserError: for a missing folder, an unreachable hub, a base without safetensors, or an unfit adapter.
+        UserError: for a missing folder, a hub that does not give it, a base without sound safetensors, or an unfit
+            adapter.
     """
     source = resolve_model(config.name)
-    peft_config = (
-        LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=0.0,
-            bias="none",
-            target_modules="all-linear",  # PEFT leaves the output embeddings out of it
-            task_type="CAUSAL_LM",
-        )
-        if adapter is None
-        else _read_adapter_config(adapter)
-    )
+    peft_config = lora_config(config) if adapter is None else _read_adapter_config(adapter)
     if adapter is not None:
         _check_base(adapter, peft_config, config.name)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -115,22 +133,23 @@ def load_policy(
         if config.quantization == "nf4"
         else None
     )
+    folder = _fetch_model(source, config)
     try:
-        tokenizer = _load_tokenizer(source, config.revision)
+        tokenizer = _load_tokenizer(folder)
         base = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=config.revision,
+            folder,
+            local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             dtype=dtype,
             device_map={"": device},
             quantization_config=quantization,
         )
-    except (OSError, ValueError, HFValidationError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"cannot load the model {config.name!r}: {reason} "
-            "(give `demo`, a folder with safetensors weights, or a hub name while the hub can be reached)",
+            "(give `demo`, a folder saved by transformers, or a hub name)",
             exit_code=1,
         ) from error
     _keep_4bit_weights_fixed(base)
@@ -148,16 +167,50 @@ def load_policy(
     return model, tokenizer
 
 
-def _load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
+def _fetch_model(source: str, config: ModelConfig) -> Path:
+    """The base's folder, fetched from the hub first if it is not one here, with weights that are whole.
+
+    Raises:
+        UserError: as `download_folder` does; also if there are no safetensors, a shard is missing, or one is damaged.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = download_folder(source, repo_type="model", patterns=_MODEL_FILES, revision=config.revision)
+
+    def unfit(problem: str) -> UserError:
+        return UserError(f"cannot load the model {config.name!r}: {problem}", exit_code=1)
+
+    if not (folder / "config.json").is_file():
+        raise unfit("it has no config.json; give a causal language model saved by transformers")
+    index = folder / "model.safetensors.index.json"
+    shards = {"model.safetensors"}
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise unfit(f"{index.name} is damaged ({error}); fetch or save it anew") from error
+    for name in sorted(shards):
+        if not (folder / name).is_file():
+            raise unfit(f"it has no {name}; only safetensors are loaded, as pickled weights (.bin) can run code")
+        try:
+            with safe_open(folder / name, framework="pt"):  # reads the header, which must agree with the file's size
+                pass
+        except (SafetensorError, OSError) as error:
+            place = (folder / name).resolve()
+            raise unfit(f"{name} is damaged or cut off ({error}); delete {place} and fetch or save it anew") from error
+    return folder
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer as its files declare it.
 
     For some architectures `AutoTokenizer` (seen in transformers 5.23) rebuilds the tokenizer in its own class even
     where the files declare the generic one, and so drops settings of `tokenizer.json` such as `ignore_merges`.
     """
-    declared = get_tokenizer_config(source, revision=revision).get("tokenizer_class")
+    declared = get_tokenizer_config(folder).get("tokenizer_class")
     generic = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
     loader = PreTrainedTokenizerFast if generic else AutoTokenizer
-    return loader.from_pretrained(source, revision=revision, trust_remote_code=False)
+    return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _keep_4bit_weights_fixed(base: torch.nn.Module) -> None:

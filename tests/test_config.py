@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from searche1_lite.config import (
@@ -252,6 +252,8 @@ def test_a_dumped_config_holds_every_setting_and_reads_back_the_same(tmp_path: P
     assert load_config("demo", file) == changed, "nothing of a preset shows through"
 
 
+@settings(deadline=None)
+@example("a\x85b\u2028c")  # line breaks to YAML, which would read them back as blanks
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_survives_the_round_trip_through_a_file(
     tmp_path_factory: pytest.TempPathFactory, message: str

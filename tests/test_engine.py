@@ -16,7 +16,7 @@ def fresh_logits(model, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("prefill_tokens", [4096, 9, 1])
 @torch.inference_mode()
 def test_kept_kv_equals_a_fresh_prefill_over_three_uneven_turns(tiny_policy, monkeypatch, prefill_tokens: int) -> None:
-    monkeypatch.setattr(engine, "_PREFILL_TOKENS", prefill_tokens)
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", prefill_tokens)
     model, tokenizer = tiny_policy
     rows = [list(b"What?"), list(b"A much longer prompt than the others"), list(b"Mid one")]
     decoder = Decoder(model, tokenizer, rows)
