@@ -1,0 +1,267 @@
+"""What this machine has, and what a configuration will ask of it: the checks and the memory plan of `doctor`."""
+
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from searche1_lite.config import Config
+from searche1_lite.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from searche1_lite.memory import MemoryPlan
+
+GIB = 2**30
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "pyserini")
+CUDA_RESERVE = int(0.7 * GIB)
+"""What is kept free of a card for the CUDA context and for fragmentation, an assumption."""
+
+# So that a plan can be made where the hub cannot be reached; from the models' public config.json.
+_KNOWN_SHAPES = {
+    "Qwen/Qwen2.5-3B": {
+        "model_type": "qwen2",
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    }
+}
+_KNOWN_SHAPES["Qwen/Qwen2.5-3B-Instruct"] = _KNOWN_SHAPES["Qwen/Qwen2.5-3B"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing looked at. `warn`: it works, or is not needed here, but should be known."""
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    detail: str
+
+
+def examine(config: Config, gpu_gib: float | None = None) -> dict[str, Any]:
+    """Looks at everything a run of `config` needs. Downloads nothing but the model's `config.json`.
+
+    Args:
+        gpu_gib: plan for a card of this size instead of the one that is here.
+
+    Returns:
+        `checks` (`[{name, status, detail}]`), `memory` (`device`, `capacity_bytes`, `stages` as in `MemoryPlan`,
+        `peaks`, `fits`, `advice`; None if the model's shape is not known) and `ok`: no check failed, and it fits.
+    """
+    checks = [_guard(name, look, config) for name, look in _CHECKS.items()]
+    memory = None
+    try:
+        memory = _memory(config, gpu_gib)
+    except UserError as error:
+        checks.append(Check("memory plan", "fail", str(error)))
+    ok = all(check.status != "fail" for check in checks) and (memory is None or memory["fits"])
+    return {"checks": [asdict(check) for check in checks], "memory": memory, "ok": ok}
+
+
+def _guard(name: str, look: Callable[[Config], tuple[str, str]], config: Config) -> Check:
+    try:
+        status, detail = look(config)
+    except UserError as error:
+        status, detail = "fail", str(error)
+    return Check(name, status, detail)  # type: ignore[arg-type]
+
+
+def _packages(config: Config) -> tuple[str, str]:
+    return "ok", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+
+
+def _java(config: Config) -> tuple[str, str]:
+    from searche1_lite.search.jvm import find_java
+
+    java = find_java()
+    return "ok", f"Java {java.version} ({java.source})"
+
+
+def _gpu(config: Config) -> tuple[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        if config.model.name == "demo":
+            return "ok", "none; the demo does not need one"
+        built = "" if torch.version.cuda else "; this PyTorch is a CPU build, so it would not see one"
+        return "warn", f"no NVIDIA GPU found: training will be very slow{built}"
+    properties = torch.cuda.get_device_properties(0)
+    free, total = torch.cuda.mem_get_info(0)
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    detail = (
+        f"{properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, compute capability {properties.major}."
+        f"{properties.minor}, CUDA {torch.version.cuda}, driver {_driver() or 'unknown'}"
+    )
+    return ("ok", detail) if bf16 else ("warn", f"{detail}; no bf16, so it computes in fp32: slower, more memory")
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version, as the kernel module tells it."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    return next((word for word in text.split() if word[:1].isdigit() and "." in word), None)
+
+
+def _four_bits(config: Config) -> tuple[str, str]:
+    """Quantises a small matrix and looks how far the result is off."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    if config.model.quantization != "nf4":
+        return "ok", "not used: model.quantization=none"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight = torch.linspace(-1, 1, 128 * 64, device=device).reshape(128, 64)
+    try:
+        error = (dequantize_4bit(*quantize_4bit(weight, quant_type="nf4")) - weight).abs().max().item()
+    except (RuntimeError, NotImplementedError, OSError) as problem:
+        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        return (
+            "fail",
+            f"bitsandbytes does not work on this {device}: {reason}; reinstall it, or model.quantization=none",
+        )
+    # Of values in [-1, 1], NF4's widest gap is 0.30, so none is more than half of that off.
+    return (
+        ("ok", f"NF4 works on the {device}") if error < 0.16 else ("fail", f"NF4 is off by {error:.2f}; reinstall it")
+    )
+
+
+def _disk(config: Config) -> tuple[str, str]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from searche1_lite.search.index import cache_folder
+
+    parts = []
+    for what, folder in (("models", Path(HF_HUB_CACHE)), ("indexes", cache_folder()), ("runs", Path("runs"))):
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        parts.append((what, shutil.disk_usage(there).free))
+    detail = ", ".join(f"{free / GIB:.0f} GiB free for {what}" for what, free in parts)
+    if min(free for _, free in parts) < GIB:
+        return "warn", f"{detail}; that is little"
+    return "ok", detail
+
+
+def _hub(config: Config) -> tuple[str, str]:
+    from huggingface_hub import constants, get_session
+
+    from searche1_lite.model import resolve_model
+
+    source = resolve_model(config.model.name)
+    names = [config.data.train, config.data.evaluation]
+    local = Path(source).is_dir() and all(name is None or name == "demo" or Path(name).exists() for name in names)
+    if constants.is_offline_mode():
+        return ("ok" if local else "warn"), "HF_HUB_OFFLINE is set: only what is in the cache can be used"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:  # whatever the HTTP library of this version raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        detail = f"{constants.ENDPOINT} cannot be reached ({reason})"
+        return ("ok", f"{detail}; not needed here") if local else ("fail", f"{detail}; check the connection")
+    return "ok", f"{constants.ENDPOINT} answers"
+
+
+def _search(config: Config) -> tuple[str, str]:
+    from searche1_lite.search.catalog import describe_source
+
+    return describe_source(config.search)
+
+
+_CHECKS: dict[str, Callable[[Config], tuple[str, str]]] = {
+    "packages": _packages,
+    "Java": _java,
+    "GPU": _gpu,
+    "bitsandbytes": _four_bits,
+    "disk": _disk,
+    "hub": _hub,
+    "search": _search,
+}
+
+
+def model_shape(config: Config) -> "PretrainedConfig":
+    """The base model's configuration: from its folder, the hub or, where that fails, from what is known of it.
+
+    Raises:
+        UserError: if it is not to be had.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    from searche1_lite.hub import download_file
+    from searche1_lite.model import resolve_model
+
+    source = Path(resolve_model(config.model.name))
+    try:
+        if not source.is_dir():
+            file = download_file(config.model.name, "config.json", repo_type="model", revision=config.model.revision)
+            source = file.parent
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except UserError:
+        if (known := _KNOWN_SHAPES.get(config.model.name)) is None:
+            raise
+        return CONFIG_MAPPING[known["model_type"]](**known)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot read the shape of {config.model.name!r}: {reason}", exit_code=1) from error
+
+
+def _memory(config: Config, gpu_gib: float | None) -> dict[str, Any]:
+    import torch
+
+    from searche1_lite.memory import plan_memory
+
+    device: Literal["cuda", "cpu"] = "cuda" if gpu_gib is not None or torch.cuda.is_available() else "cpu"
+    if gpu_gib is not None:
+        capacity = int(gpu_gib * GIB) - CUDA_RESERVE
+    elif device == "cuda":
+        capacity = torch.cuda.mem_get_info(0)[1] - CUDA_RESERVE
+    else:
+        capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    shape = model_shape(config)
+    plan = plan_memory(config, shape, device)
+    return {
+        "device": device,
+        "dtype": plan.dtype,
+        "capacity_bytes": capacity,
+        "stages": plan.stages,
+        "peaks": plan.peaks,
+        "fits": max(plan.peaks.values()) <= capacity,
+        "advice": advise(config, plan, capacity),
+    }
+
+
+def advise(config: Config, plan: "MemoryPlan", capacity: int) -> list[str]:
+    """For each stage that exceeds `capacity` bytes, the setting to change, as an override."""
+    advice = []
+    for stage, parts in plan.stages.items():
+        peak = plan.peaks[stage]
+        if peak <= capacity:
+            continue
+        if stage == "rollout":
+            # All of a row's share goes with it; what is spent on a full prefill stays.
+            rows = config.engine.batch_size
+            per_row = parts["KV cache"] / rows
+            fitting = int(rows - (peak - capacity) / per_row)
+            knob = f"engine.batch_size={fitting}" if fitting >= 1 else "a smaller protocol.max_completion_tokens"
+        else:
+            section = "grpo" if stage == "GRPO step" else "ofsd"
+            size = getattr(config, section).micro_batch_size
+            if not config.model.gradient_checkpointing:
+                knob = "model.gradient_checkpointing=true"
+            elif size > 1:
+                knob = f"{section}.micro_batch_size={max(d for d in range(1, size) if size % d == 0)}"
+            elif section == "ofsd" and config.ofsd.reference_documents:
+                knob = "ofsd.reference_documents=false"
+            else:
+                knob = "a smaller protocol.max_completion_tokens"
+        advice.append(f"{stage}: {peak / GIB:.1f} GiB are more than {capacity / GIB:.1f}; try {knob}")
+    return advice

@@ -1,0 +1,317 @@
+"""The peak memory of one real stage, measured in a process of its own.
+
+`python -m searche1_lite.measure` reads from stdin the settings, a stage (`rollout`, `GRPO step`, `OFSD step`) and whether
+the step is the toolkit's own or a plain dense one that holds full logits. Sequences have the full length that the
+protocol allows; the ids are random. On a GPU the figure is the allocator's peak; else the growth of the resident memory
+since before the model was loaded, after the same stage was run once on a tiny model, so that code is not in it.
+"""
+
+import ctypes
+import gc
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from searche1_lite.config import Config, dump_config, load_config
+from searche1_lite.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from searche1_lite.trajectory import Question, Trajectory
+
+
+def measure(stage: str, config: Config, *, dense: bool = False, cap_gb: float | None = None) -> dict[str, float]:
+    """Runs one stage in a process of its own.
+
+    Args:
+        config: with `model.name` the folder of a base model.
+        dense: the plain implementation instead of the toolkit's.
+        cap_gb: on a GPU, the most that the process may allocate.
+
+    Returns:
+        `{"peak_bytes", "seconds"}`; `{"peak_bytes": inf}` if the memory did not suffice.
+
+    Raises:
+        UserError: if the process failed otherwise.
+    """
+    request = {"stage": stage, "config": dump_config(config), "dense": dense, "cap_gb": cap_gb}
+    # Freed memory goes back to the system at once, so that resident memory follows what is alive.
+    quiet = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+    child = subprocess.run(
+        [sys.executable, "-m", "searche1_lite.measure"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        env=os.environ | quiet,
+    )
+    if child.returncode != 0:
+        if child.returncode == -9 or "out of memory" in child.stderr.lower() or "can't allocate" in child.stderr:
+            return {"peak_bytes": math.inf, "seconds": math.nan}
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"measuring the {stage} failed: {last}", exit_code=1)
+    return json.loads(child.stdout.strip().splitlines()[-1])
+
+
+def save_random_base(shape: "PretrainedConfig", folder: Path) -> None:
+    """A base model of this shape with random weights, and the demo's tokenizer: fit for memory and speed, no more."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from searche1_lite.model import compute_dtype, resolve_model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(shape, dtype=compute_dtype(device))
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(resolve_model("demo")) / name, folder)
+
+
+def _trajectory(config: Config, vocabulary: int, question: int, sample: int) -> "Trajectory":
+    """A full-length episode of random ids, right or wrong in turn; a third of it is the environment's."""
+    from random import Random
+
+    from searche1_lite.trajectory import Question, Trajectory
+
+    rng = Random(question * 1000 + sample)
+    prompt, completion = (
+        [rng.randrange(vocabulary) for _ in range(length)]
+        for length in (config.protocol.max_prompt_tokens, config.protocol.max_completion_tokens)
+    )
+    mask = [int(position % 3 != 2) for position in range(len(completion))]
+    asked = Question(str(question), "?", ["yes"])
+    return Trajectory(asked, sample, prompt, completion, mask, [], [], "end", reward=float(sample % 2))
+
+
+class _Peak:
+    """The most memory in use between `begin` and `end`: the GPU allocator's, or the resident memory."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.seconds = 0.0
+
+    def begin(self) -> None:
+        import torch
+
+        _forget()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        self._began = time.monotonic()
+
+    def end(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            self.bytes = torch.cuda.max_memory_allocated()
+        else:
+            self.bytes = _resident("VmHWM")
+        self.seconds = time.monotonic() - self._began
+
+
+def _rollout(
+    model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Config, folder: Path, peak: _Peak
+) -> None:
+    """The second GRPO step's rollouts, when the optimizer has its state; the first step is on very short episodes."""
+    from searche1_lite.grpo import train_grpo
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    short = deepcopy(config)
+    short.protocol.max_prompt_tokens, short.protocol.max_completion_tokens = 8, 16
+    short.grpo.steps, calls = 2, 0
+
+    def answer(asked: "Sequence[Question]", n: int, seed_parts: Sequence[int | str]) -> "list[Trajectory]":
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            peak.begin()
+            _decode(model, tokenizer, config)
+            peak.end()
+        return [_trajectory(short, vocabulary, int(q.id), sample) for q in asked for sample in range(n)]
+
+    train_grpo(
+        model, tokenizer, answer, _questions(config), short,
+        run_seed=0, round_index=1, output_dir=folder, on_step=lambda record: None,
+    )  # fmt: skip
+
+
+def _questions(config: Config) -> "list[Question]":
+    from searche1_lite.trajectory import Question
+
+    return [Question(str(index), "?", ["yes"]) for index in range(config.grpo.questions_per_step)]
+
+
+def _decode(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Config) -> None:
+    """A full batch reads up to its last few tokens, and writes those."""
+    import torch
+
+    from searche1_lite.engine import Decoder
+    from searche1_lite.model import compute_context
+
+    vocabulary, rows = model.get_input_embeddings().weight.shape[0], config.engine.batch_size
+    episodes = [_trajectory(config, vocabulary, row, 0) for row in range(rows)]
+    written = 4
+    with torch.inference_mode(), compute_context(model):
+        decoder = Decoder(model, tokenizer, [episode.prompt_ids for episode in episodes])
+        decoder.append([episode.completion_ids[:-written] for episode in episodes])
+        decoder.sample_turn([written] * rows, config.engine.temperature, None)
+
+
+def _grpo_step(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Config, folder: Path) -> None:
+    from searche1_lite.grpo import train_grpo
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+
+    def answer(asked: "Sequence[Question]", n: int, seed_parts: Sequence[int | str]) -> "list[Trajectory]":
+        return [_trajectory(config, vocabulary, int(q.id), sample) for q in asked for sample in range(n)]
+
+    train_grpo(
+        model, tokenizer, answer, _questions(config), config,
+        run_seed=0, round_index=1, output_dir=folder, on_step=lambda record: None,
+    )  # fmt: skip
+
+
+def _ofsd_step(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Config, folder: Path) -> None:
+    from searche1_lite.ofsd import train_ofsd
+    from searche1_lite.protocol import Protocol
+
+    train_ofsd(
+        model, tokenizer, Protocol(tokenizer, config.protocol), _pairs(model, config), config,
+        run_seed=0, round_index=1, output_dir=folder, on_step=lambda record: None,
+    )  # fmt: skip
+
+
+def _pairs(model: "PeftModel", config: Config) -> list[Any]:
+    from searche1_lite.ofsd import Pair
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return [
+        Pair(_trajectory(config, vocabulary, index, 1), _trajectory(config, vocabulary, index, 0))
+        for index in range(config.ofsd.batch_size)
+    ]
+
+
+def _dense_step(model: "PeftModel", config: Config, stage: str) -> None:
+    """One micro-batch and its update as a short script would have them: full logits of every position, in fp32."""
+    import torch
+    from torch.nn import functional as F
+
+    from searche1_lite.model import compute_context, drop_adapter, snapshot_adapter, use_adapter
+
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    snapshot_adapter(model, "frozen")
+    grpo = stage == "GRPO step"
+    rows = config.grpo.micro_batch_size if grpo else config.ofsd.micro_batch_size
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    episodes = [_trajectory(config, vocabulary, row, row % 2) for row in range(rows)]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    prompt, completion = config.protocol.max_prompt_tokens, config.protocol.max_completion_tokens
+    own = torch.tensor([e.prompt_ids + e.completion_ids for e in episodes], device=model.device)
+    mask = torch.tensor([e.loss_mask for e in episodes], device=model.device)
+    # The teacher's prompt shows a whole completion more.
+    shown = torch.tensor([e.prompt_ids + e.completion_ids + e.completion_ids for e in episodes], device=model.device)
+
+    def logprobs(ids: torch.Tensor) -> torch.Tensor:
+        with compute_context(model):
+            logits = model(input_ids=ids).logits
+        return F.log_softmax(logits.float(), dim=-1)[:, -completion - 1 : -1]
+
+    with torch.no_grad(), use_adapter(model, "frozen"):
+        fixed = logprobs(own).gather(-1, own[:, prompt:, None]).squeeze(-1) if grpo else logprobs(shown)
+    student = logprobs(own)
+    if grpo:
+        values = student.gather(-1, own[:, prompt:, None]).squeeze(-1)
+        ratio = (values - values.detach()).exp()
+        losses = -ratio + config.grpo.kl_coefficient * ((fixed - values).exp() - (fixed - values) - 1)
+    else:
+        losses = F.kl_div(student, fixed, reduction="none", log_target=True).sum(dim=-1)
+    del student
+    ((losses * mask).sum() / mask.sum()).backward()
+    optimizer.step()
+    drop_adapter(model, "frozen")
+
+
+def _run(request: dict[str, Any], name: str, config: Config, folder: Path) -> _Peak:
+    """Loads the base `name` and runs the stage."""
+    import torch
+
+    from searche1_lite.model import load_policy
+
+    config.model.name, peak = name, _Peak()
+    model, tokenizer = load_policy(config.model, seed=0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not torch.cuda.is_available():
+            # Weights that were not quantised still lie in the mapped file, all of which counts as resident.
+            parameter.data = parameter.data.clone()
+    if request["stage"] == "rollout":
+        _rollout(model, tokenizer, config, folder, peak)
+        return peak
+    peak.begin()
+    if request["dense"]:
+        _dense_step(model, config, request["stage"])
+    elif request["stage"] == "GRPO step":
+        _grpo_step(model, tokenizer, config, folder)
+    else:
+        _ofsd_step(model, tokenizer, config, folder)
+    peak.end()
+    return peak
+
+
+def _forget() -> None:
+    """Gives what is free back to the system."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(field: str) -> int:
+    """Bytes of resident memory: `VmRSS` now, or `VmHWM` at its peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
+
+
+def _main() -> None:
+    import torch
+
+    from searche1_lite.cli import _quieten
+
+    _quieten()
+    request = json.load(sys.stdin)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "config.yaml").write_text(request["config"], encoding="utf-8")
+        config = load_config(file=folder / "config.yaml")
+        if torch.cuda.is_available():
+            if request["cap_gb"] is not None:
+                total = torch.cuda.get_device_properties(0).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(1.0, request["cap_gb"] * 1e9 / total))
+            before, peak = 0, _run(request, config.model.name, config, folder)
+        else:
+            small = load_config(file=folder / "config.yaml")
+            small.protocol.max_prompt_tokens, small.protocol.max_completion_tokens = 8, 16
+            _run(request, "demo", small, folder)
+            _forget()
+            before = _resident("VmRSS")
+            peak = _run(request, config.model.name, config, folder)
+    print(json.dumps({"peak_bytes": peak.bytes - before, "seconds": peak.seconds}))
+
+
+if __name__ == "__main__":
+    _main()

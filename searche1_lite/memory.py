@@ -1,0 +1,312 @@
+"""How much memory a configuration will need, told before anything is loaded.
+
+The real passes (a prefill and a decoding step, the GRPO step, the OFSD step) are run on fake tensors, which have shapes
+and no storage, through the real model code with its LoRA adapter, while every storage that would be alive is counted.
+Models of two and three layers are enough: what a layer adds is the same for each further one. Every sequence is taken
+to be as long as the protocol allows. What is left out: the CUDA context, fragmentation, kernels' own scratch space.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from trl.kernels import chunked_divergence, chunked_logprob
+
+from searche1_lite.config import Config, ModelConfig
+from searche1_lite.divergence import divergence
+from searche1_lite.engine import PREFILL_TOKENS, pick_tokens
+from searche1_lite.logprobs import completion_hidden, token_logprobs
+from searche1_lite.model import compute_context, lora_config
+
+Device = Literal["cuda", "cpu"]
+Pass = Callable[[PeftModel, Config], Iterator[list[torch.Tensor]]]
+"""A generator that prepares a pass, yields what it will use up (the KV cache), and then runs it."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes by part, for each stage of a round; the peak of a stage is the sum of its parts."""
+
+    device: Device
+    dtype: str
+    stages: dict[str, dict[str, int]]
+    """`rollout`, `GRPO step` and, if it is enabled, `OFSD step`."""
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        return {stage: sum(parts.values()) for stage, parts in self.stages.items()}
+
+
+class StorageCounter(TorchDispatchMode):
+    """Counts the bytes of every storage that operations bring to life while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._seen = WeakIdKeyDictionary()
+
+    def know(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Takes these as there already: they are not counted."""
+        for tensor in tensors:
+            self._seen[tensor.untyped_storage()] = True
+
+    def count(self, tensor: torch.Tensor) -> None:
+        """Counts the tensor's storage, once, until it is freed."""
+        if (storage := tensor.untyped_storage()) not in self._seen:
+            size = storage.nbytes()
+            self._seen[storage] = True
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._release, size)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.count(leaf)
+        return result
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+
+class _FourBitProduct(torch.autograd.Function):
+    """What bitsandbytes does for more than one row: dequantise the weight, multiply, forget it; the same backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, shape: tuple[int, int], bias: Any) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape = shape
+        return F.linear(x, x.new_empty(shape), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return gradient @ gradient.new_empty(ctx.shape), None, None, None
+
+
+class _FourBitLinear(torch.nn.Linear):
+    """A linear layer with the storage of a 4-bit one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # bitsandbytes' layer gives a fresh tensor that PEFT copies once more.
+        return _FourBitProduct.apply(x, self.weight, (self.out_features, self.in_features), self.bias).clone()
+
+
+def nf4_bytes(weights: int) -> int:
+    """NF4 with double quantisation: half a byte a weight, a byte per 64 and four bytes per 16,384 for the scales."""
+    return weights // 2 + weights // 64 + weights // 64 // 256 * 4
+
+
+def _skeleton(shape: PretrainedConfig, config: ModelConfig, dtype: torch.dtype, layers: int | None) -> PeftModel:
+    """The policy without storage, of as many layers (None: all)."""
+    shape = deepcopy(shape)
+    text = shape.get_text_config()
+    if layers is not None:
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        return get_peft_model(base, lora_config(config), low_cpu_mem_usage=True)
+
+
+def _quantized(model: PeftModel) -> list[torch.nn.Linear]:
+    """The linear layers that are in 4 bits: all but the output embeddings and the adapter's own."""
+    head = model.get_output_embeddings()
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and module is not head and not module.weight.requires_grad
+    ]
+
+
+def _give_storage(model: PeftModel, config: ModelConfig) -> None:
+    """Replaces what lies on the meta device by fake tensors that count. Call under a `FakeTensorMode`."""
+    if config.quantization == "nf4":
+        for module in _quantized(model):
+            size = nf4_bytes(module.weight.numel())
+            module.__class__ = _FourBitLinear
+            module.weight = torch.nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)
+    fakes: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.device.type == "meta":
+                if id(parameter) not in fakes:  # tied weights stay tied
+                    dtype = torch.float32 if parameter.requires_grad else parameter.dtype
+                    fake = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
+                    fake.grad = torch.empty_like(fake) if fake.requires_grad else None
+                    fakes[id(parameter)] = fake
+                module._parameters[name] = fakes[id(parameter)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.device.type == "meta":
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _head_inputs(config: Config, rows: int, prompt: int) -> tuple[torch.Tensor, ...]:
+    """Ids and masks of `rows` sequences: (rows, prompt) twice, (rows, completion) twice."""
+    completion = config.protocol.max_completion_tokens
+    ids = [torch.zeros((rows, width), dtype=torch.long) for width in (prompt, completion)]
+    return ids[0], torch.ones_like(ids[0]), ids[1], torch.ones_like(ids[1])
+
+
+def _rollout_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tensor]]:
+    """The last documents read by a full batch of full-length episodes, and one more token each."""
+    model.eval()  # in training mode, gradient checkpointing would leave the cache out
+    base, rows = model.get_base_model(), config.engine.batch_size
+    text = base.config.get_text_config()
+    length = config.protocol.max_prompt_tokens + config.protocol.max_completion_tokens
+    piece = min(length, max(1, PREFILL_TOKENS // rows))
+    heads = text.num_key_value_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = DynamicCache(config=base.config)
+    for layer in range(text.num_hidden_layers):
+        filled = (rows, heads, length - piece, width)
+        dtype = base.get_input_embeddings().weight.dtype
+        cache.update(torch.empty(filled, dtype=dtype), torch.empty(filled, dtype=dtype), layer)
+    mask, tokens = torch.ones((rows, length), dtype=torch.long), torch.zeros((rows, piece), dtype=torch.long)
+    uniforms = torch.zeros(rows, dtype=torch.float64)
+    yield [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    with torch.no_grad(), compute_context(model):
+        positions = mask.cumsum(dim=1)[:, -piece:]
+        hidden = base.base_model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        logits = base.get_output_embeddings()(hidden[:, -1])
+        del hidden
+        pick_tokens(logits, config.engine.temperature, uniforms)
+
+
+def _grpo_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tensor]]:
+    """One micro-batch, forward and backward; every token of the completion counts as the model's."""
+    inputs = _head_inputs(config, config.grpo.micro_batch_size, config.protocol.max_prompt_tokens)
+    yield []
+    hidden = completion_hidden(model, *inputs).flatten(0, 1).clone()
+    with compute_context(model):
+        head = model.get_output_embeddings()
+        values, _ = token_logprobs(head, hidden, inputs[2].flatten(), config.engine.temperature)
+    del hidden
+    values.sum().backward()
+
+
+def _ofsd_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tensor]]:
+    """One micro-batch of pairs: the teacher's pass with a full-length reference, the student's, and back."""
+    stage, protocol = config.ofsd, config.protocol
+    inputs = _head_inputs(config, stage.micro_batch_size, protocol.max_prompt_tokens)
+    shown = protocol.max_completion_tokens if stage.teacher_prompt != "plain" else 0
+    if not stage.reference_documents:
+        shown = min(shown, protocol.max_turn_tokens * (protocol.max_searches + 1 + protocol.max_invalid_turns))
+    longer = _head_inputs(config, stage.micro_batch_size, protocol.max_prompt_tokens + shown)
+    yield []
+    head, teacher = model.get_output_embeddings(), None
+    if stage.objective == "distill":
+        with torch.no_grad():
+            teacher = completion_hidden(model, *longer).flatten(0, 1).clone()
+    student = completion_hidden(model, *inputs).flatten(0, 1).clone()
+    with compute_context(model):
+        if teacher is None:
+            values = token_logprobs(head, student, inputs[2].flatten(), config.engine.temperature)[0]
+        else:
+            values = divergence(
+                head, student, teacher, stage.divergence, config.engine.temperature, stage.clip, stage.top_k
+            )
+    del student
+    values.sum().backward()
+
+
+def _peak(run: Pass, shape: PretrainedConfig, config: Config, dtype: torch.dtype, device: Device, layers: int) -> int:
+    """Bytes that the pass holds at its worst moment beside weights and gradients."""
+    model = _skeleton(shape, config.model, dtype, layers)
+    with FakeTensorMode(allow_non_fake_inputs=True), _kernels_of(device):
+        _give_storage(model, config.model)
+        if config.model.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        steps = run(model, config)
+        counter = StorageCounter()
+        counter.know(tensor for tensor in [*model.parameters(), *model.buffers()])
+        counter.know(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
+        for tensor in next(steps):
+            counter.count(tensor)
+        with counter:
+            next(steps, None)
+    return counter.peak
+
+
+@contextmanager
+def _kernels_of(device: Device) -> Iterator[None]:
+    """On a GPU a Triton kernel folds each tile of logits in place; the same in PyTorch, for a CPU, makes copies."""
+    places = {
+        chunked_logprob: ("_forward_tile", "_backward_tile"),
+        chunked_divergence: ("_stats_tile", "_jsd_tile", "_backward_tile"),
+    }
+    kept = {(module, name): getattr(module, name) for module, names in places.items() for name in names}
+    try:
+        if device == "cuda":
+            for module, name in kept:
+                setattr(module, name, lambda *args, **kwargs: None)
+        yield
+    finally:
+        for (module, name), function in kept.items():
+            setattr(module, name, function)
+
+
+def plan_memory(config: Config, shape: PretrainedConfig, device: Device) -> MemoryPlan:
+    """The memory that each stage of a round needs at its worst moment.
+
+    Args:
+        config: the run's settings.
+        shape: the base model's configuration.
+        device: `cuda` (bf16) or `cpu` (fp32).
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    whole = _skeleton(shape, config.model, dtype, None)
+    quantized = {id(module.weight) for module in _quantized(whole)} if config.model.quantization == "nf4" else set()
+    weights = adapter = 0
+    for parameter in whole.parameters():
+        if parameter.requires_grad:
+            adapter += 4 * parameter.numel()
+        elif id(parameter) in quantized:
+            weights += nf4_bytes(parameter.numel())
+        else:
+            weights += parameter.numel() * parameter.element_size()
+    layers = shape.get_text_config().num_hidden_layers
+
+    def measure(run: Pass) -> int:
+        two, three = (_peak(run, shape, config, dtype, device, count) for count in (2, 3))
+        return two + (three - two) * (layers - 2)
+
+    optimizer = {"optimizer (Adam)": 2 * adapter}
+    stages: dict[str, dict[str, int]] = {}
+    frozen = adapter if config.grpo.kl_coefficient else 0
+    fixed = {"base weights": weights, "adapter": adapter, "frozen adapter": frozen}
+    cache = _cache_bytes(config, shape, dtype)
+    rest = measure(_rollout_pass) - cache
+    stages["rollout"] = fixed | optimizer | {"KV cache": cache, "activations, logits": rest}
+    gradients = {"gradients": adapter}
+    stages["GRPO step"] = fixed | gradients | optimizer | {"activations, loss": measure(_grpo_pass)}
+    if config.ofsd.enabled:
+        frozen = adapter if (config.ofsd.teacher, config.ofsd.objective) == ("snapshot", "distill") else 0
+        fixed = fixed | {"frozen adapter": frozen}
+        stages["OFSD step"] = fixed | gradients | optimizer | {"activations, loss": measure(_ofsd_pass)}
+    return MemoryPlan(device, str(dtype).removeprefix("torch."), stages)
+
+
+def _cache_bytes(config: Config, shape: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Keys and values of a full batch of full-length episodes."""
+    text = shape.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    length = config.protocol.max_prompt_tokens + config.protocol.max_completion_tokens
+    entries = 2 * text.num_hidden_layers * text.num_key_value_heads * width
+    return config.engine.batch_size * length * entries * dtype.itemsize
