@@ -4,11 +4,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from searche1_lite.errors import UserError
+
+if TYPE_CHECKING:
+    from searche1_lite.config import Config, SearchConfig
 
 app = typer.Typer(
     help="A search agent that improves itself: GRPO and offline self-distillation over one LoRA adapter.",
@@ -24,6 +27,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings, such as grpo.steps=20 seed=1.", metavar="KEY=VALUE")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Agree to large downloads.")]
 
 
 @app.command()
@@ -33,20 +37,20 @@ def train(
     config: ConfigFile = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; default: runs/PRESET.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in --out.")] = False,
+    yes: Yes = False,
 ) -> None:
     """Train: rounds of GRPO and OFSD. Example: searche1-lite train --preset demo --out runs/demo"""
-    from searche1_lite.config import load_config
-
     if resume and out and not (preset or config or overrides) and (out / "config.yaml").is_file():
         config = out / "config.yaml"  # the run's own settings
-    settings = load_config(preset, config, overrides or [])
+    settings, preset = _settings(preset, config, overrides)
     folder_path = out or Path("runs") / (preset or (config.stem if config else "default"))
     from searche1_lite.benchmarks import load_run_questions
     from searche1_lite.checkpoint import RunFolder
 
-    load_run_questions(settings)  # faulty files are refused before a folder is made
+    load_run_questions(settings, _say)  # faulty files are refused before a folder is made
     folder = RunFolder(folder_path, settings, resume)
-    _quieten()
+    _prepare_search(settings.search, yes)
+    quieten()
     from searche1_lite.console import RichTasks, stage_table
     from searche1_lite.evolve import run
 
@@ -67,22 +71,22 @@ def eval_command(
     preset: Preset = None,
     config: ConfigFile = None,
     adapter: Adapter = None,
-    data: Annotated[str | None, typer.Option(help="demo, demo:dev, or a JSONL file of questions.")] = None,
+    data: Annotated[str | None, typer.Option(help="Questions, such as nq, hotpotqa:dev, demo or a JSONL file.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="A seeded subset of this size; 0: all.")] = 0,
     as_json: AsJson = False,
+    yes: Yes = False,
 ) -> None:
     """Evaluate an adapter, greedily. Example: searche1-lite eval --preset demo --data demo:dev"""
-    from searche1_lite.config import load_config
-
-    settings = load_config(preset, config, overrides or [])
-    from searche1_lite.benchmarks import load_questions
+    settings, _ = _settings(preset, config, overrides)
+    from searche1_lite.benchmarks import load_questions, named
     from searche1_lite.checkpoint import check_adapter_folder
 
     if adapter:
         check_adapter_folder(adapter)
-    name = data or settings.data.evaluation
-    questions = load_questions(name, "test", limit or settings.data.evaluation_limit, settings.seed)
-    _quieten()
+    name = named(data or settings.data.evaluation, "data.evaluation (or --data)")
+    questions = load_questions(name, "test", limit or settings.data.evaluation_limit, settings.seed, _say)
+    _prepare_search(settings.search, yes)
+    quieten()
     from searche1_lite.console import RichTasks
     from searche1_lite.evaluate import evaluate
     from searche1_lite.evolve import Run
@@ -109,18 +113,18 @@ def ask(
     config: ConfigFile = None,
     adapter: Adapter = None,
     as_json: AsJson = False,
+    yes: Yes = False,
 ) -> None:
     """Answer one question. Example: searche1-lite ask --preset demo "What is the mayor of Port Mitu?\""""
-    from searche1_lite.config import load_config
-
-    settings = load_config(preset, config)
     if not question.strip():
         raise UserError("the question is empty; write one")
+    settings, _ = _settings(preset, config, None)
     from searche1_lite.checkpoint import check_adapter_folder
 
     if adapter:
         check_adapter_folder(adapter)
-    _quieten()
+    _prepare_search(settings.search, yes)
+    quieten()
     from searche1_lite.ask import ask as answer_question
     from searche1_lite.console import RichTasks
     from searche1_lite.evolve import Run
@@ -138,18 +142,116 @@ def ask(
 
 @app.command()
 def index(
-    corpus: Annotated[Path, typer.Argument(help="JSONL with `id` and `contents`, the first line the title.")],
+    corpus: Annotated[
+        Path,
+        typer.Argument(
+            help="JSONL (.gz too) with `id` and `contents`, whose first line is the title; or a folder of .txt and .md."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Where the index goes; must not exist.")],
     threads: Annotated[int, typer.Option(min=1)] = 2,
+    words: Annotated[int, typer.Option(min=1, help="About how many words a passage of a text file has.")] = 100,
 ) -> None:
     """Build a BM25 index of your own corpus. Example: searche1-lite index docs.jsonl --out my-index"""
+    from searche1_lite.console import RichTasks
     from searche1_lite.search.index import build_index
 
-    build_index(corpus, out, threads)
+    try:
+        build_index(corpus, out, threads, words=words, progress=RichTasks(), say=_say)
+    except KeyboardInterrupt:
+        _say("interrupted; what is indexed is kept, the same command goes on from there")
+        raise typer.Exit(130) from None
     typer.echo(str(out))
 
 
-def _quieten() -> None:
+def _prepare_search(search: "SearchConfig", yes: bool) -> None:
+    """Builds or fetches what the search needs before anything heavy is loaded, so that it is asked about at once."""
+    from searche1_lite.console import RichTasks, confirmation
+    from searche1_lite.search.catalog import open_retriever
+
+    open_retriever(search, confirm=confirmation(yes), progress=RichTasks(), say=_say)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+@app.command()
+def doctor(
+    overrides: Overrides = None,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    gpu_gb: Annotated[
+        float | None, typer.Option(min=1, help="Plan for a card of this size, in GiB, instead of the one here.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What this machine has, and whether a configuration fits it. Example: searche1-lite doctor --gpu-gb 12"""
+    settings, _ = _settings(preset, config, overrides, gpu_gb)
+    quieten()
+    from searche1_lite.doctor import examine
+
+    found = examine(settings, gpu_gb)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        from rich.console import Console
+
+        from searche1_lite.console import doctor_tables
+
+        for part in doctor_tables(found):
+            Console().print(part)
+    raise typer.Exit(0 if found["ok"] else 1)
+
+
+@app.command()
+def bench(
+    overrides: Overrides = None,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    cap_gb: Annotated[
+        float | None, typer.Option(min=1, help="On a GPU, the most memory to allocate, in 10^9 bytes.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure peak memory: of a standard workload, or of a preset's stages. Example: searche1-lite bench --json"""
+    from searche1_lite.config import load_config
+
+    settings = load_config(preset, config, overrides or []) if preset or config or overrides else None
+    quieten()
+    from searche1_lite.bench import bench as run_bench
+
+    found = run_bench(settings, cap_gb, on_part=_say)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        from rich.console import Console
+
+        from searche1_lite.console import bench_table
+
+        Console().print(bench_table(found))
+
+
+def _settings(
+    preset: str | None, config: Path | None, overrides: list[str] | None, gpu_gib: float | None = None
+) -> "tuple[Config, str | None]":
+    """The settings and the preset's name; with neither preset nor file, the preset for the GPU here (or `gpu_gib`)."""
+    from searche1_lite.config import default_preset, load_config
+
+    settings = load_config(preset, config, overrides or [])  # faults are told before PyTorch is loaded
+    if preset or config:
+        return settings, preset
+    if gpu_gib is None:
+        import torch
+
+        if torch.cuda.is_available():
+            gpu_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    preset = default_preset(gpu_gib)
+    _say(f"preset {preset}, by the size of the GPU; --preset names another")
+    return load_config(preset, None, overrides or []), preset
+
+
+def quieten() -> None:
     """Keeps libraries' progress bars and notices off the terminal; set SEARCHE1_LITE_DEBUG=1 to see them."""
     if os.environ.get("SEARCHE1_LITE_DEBUG"):
         return

@@ -1,23 +1,36 @@
 """Terminal output: progress and the tables. Results go to stdout, everything else to stderr."""
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from searche1_lite.errors import UserError
+
 
 class RichTasks:
-    """An `evolve.Progress` that draws bars with the time left; silent when `quiet`."""
+    """A `Progress` that draws bars with the time left, or writes a line for what is done where no one watches.
+
+    Silent when `quiet`.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet)
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        if not self._console.is_terminal:
+            began = time.monotonic()
+            yield lambda count: None
+            self._console.print(f"{name}: {total} in {time.monotonic() - began:.0f} s", soft_wrap=True, highlight=False)
+            return
         columns = (
             TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(),
@@ -25,6 +38,23 @@ class RichTasks:
         with RichProgress(*columns, console=self._console) as bars:
             bar = bars.add_task(name, total=total)
             yield lambda count: bars.advance(bar, count)
+
+
+def confirmation(yes: bool) -> Callable[[str], bool]:
+    """What asks before a large download, on stderr; with `yes` it agrees unasked.
+
+    The function it gives raises UserError where nobody can be asked, because stdin or stderr is no terminal.
+    """
+
+    def confirm(what: str) -> bool:
+        if yes:
+            return True
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise UserError(f"{what}; add --yes to agree", exit_code=1)
+        print(f"{what}. Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    return confirm
 
 
 def stage_table(summary: dict[str, Any]) -> Table:
@@ -44,4 +74,48 @@ def stage_table(summary: dict[str, Any]) -> Table:
             f"{stage['seconds']:.0f}",
             f"{stage['evaluation_seconds']:.0f}",
         )
+    return table
+
+
+def doctor_tables(found: dict[str, Any]) -> list[Table | str]:
+    """What `doctor.examine` found: the checks, the memory plan with a row a part, and what to change."""
+    marks = {"ok": "[green]ok[/]", "warn": "[yellow]note[/]", "fail": "[red]FAIL[/]"}
+    checks = Table(show_header=False, box=None)
+    for check in found["checks"]:
+        checks.add_row(marks[check["status"]], check["name"], escape(check["detail"]))
+    parts: list[Table | str] = [checks]
+    if (memory := found["memory"]) is None:
+        return parts
+    gib = 2**30
+    plan = Table(title=f"memory plan in GiB, {memory['device']} ({memory['dtype']})")
+    plan.add_column("")
+    for stage in memory["stages"]:
+        plan.add_column(stage, justify="right")
+    stages = memory["stages"].values()
+    for name in dict.fromkeys(name for stage in stages for name in stage):
+        plan.add_row(name, *(f"{stage[name] / gib:.2f}" if name in stage else "" for stage in stages))
+    plan.add_section()
+    plan.add_row("peak", *(f"{peak / gib:.2f}" for peak in memory["peaks"].values()), style="bold")
+    parts.append(plan)
+    verdict = "fits" if memory["fits"] else "does not fit"
+    parts.append(f"{verdict} into the {memory['capacity_bytes'] / gib:.1f} GiB that can be used, at full length")
+    return parts + [escape(line) for line in memory["advice"]]
+
+
+def bench_table(found: dict[str, Any]) -> Table:
+    """A row a stage: measured, planned, and beside the dense step."""
+    memory = found["memory"]
+    table = Table(title=f"peak memory in MB, {found['machine']['gpu'] or 'CPU'}, {memory['workload']}")
+    for heading in ("stage", "measured", "plan", "plan/measured", "dense step", "ours/dense"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for name in ("rollout", "grpo", "ofsd"):
+        if f"{name}_plan_bytes" not in memory:
+            continue
+        sizes = [memory.get(f"{name}_{kind}") for kind in ("bytes", "plan_bytes", "dense_bytes")]
+        measured, plan, dense = ("-" if size is None else f"{size / 1e6:.0f}" for size in sizes)
+        if memory[f"{name}_bytes"] is None:
+            measured = "out of memory"
+        ratios = (memory.get(f"{name}_plan_vs_measured"), memory.get(f"{name}_vs_dense"))
+        planned, beside = ("-" if ratio is None else f"{ratio:.3f}" for ratio in ratios)
+        table.add_row(name, measured, plan, planned, dense, beside)
     return table

@@ -6,11 +6,10 @@ that was interrupted and resumed after any stage gives the same figures, bit for
 
 import resource
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -18,42 +17,17 @@ from transformers import PreTrainedTokenizerBase
 
 from searche1_lite.benchmarks import load_run_questions
 from searche1_lite.checkpoint import RunFolder
-from searche1_lite.config import Config, SearchConfig
+from searche1_lite.config import Config
 from searche1_lite.evaluate import evaluate
 from searche1_lite.grpo import train_grpo
 from searche1_lite.model import load_adapter_weights, load_policy
 from searche1_lite.ofsd import Pair, kl_diagnostics, ofsd_steps, select_pairs, teacher_prompts, train_ofsd
-from searche1_lite.protocol import Protocol as TagProtocol
+from searche1_lite.protocol import Protocol
 from searche1_lite.rollout import rollout
-from searche1_lite.search.base import Retriever
-from searche1_lite.search.bm25 import BM25Retriever
-from searche1_lite.search.index import cache_folder, ensure_index
+from searche1_lite.search.catalog import open_retriever
+from searche1_lite.search.progress import Progress
 from searche1_lite.seeding import derive_seed
 from searche1_lite.trajectory import Question, Trajectory
-
-
-class Progress(Protocol):
-    """Where a run tells how far it is."""
-
-    def task(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """A part of the run with `total` units; the function it gives is told how many more are done."""
-        ...
-
-
-def open_retriever(config: SearchConfig) -> Retriever:
-    """The configured search engine; its index is built first if need be."""
-    if config.index is not None:
-        index = Path(config.index)
-    elif config.corpus == "demo":
-        from searche1_lite.demo.world import DEMO_WORLD_SEED, write_demo_corpus
-
-        corpus = cache_folder() / f"demo-{DEMO_WORLD_SEED}.jsonl"
-        corpus.parent.mkdir(parents=True, exist_ok=True)
-        write_demo_corpus(corpus)
-        index = ensure_index(corpus, threads=config.threads)
-    else:
-        index = ensure_index(Path(config.corpus), threads=config.threads)
-    return BM25Retriever(index, config.k1, config.b, config.threads)
 
 
 class Run:
@@ -61,11 +35,11 @@ class Run:
 
     def __init__(self, config: Config, progress: Progress, adapter: Path | None = None) -> None:
         self.config, self.progress = config, progress
-        self.retriever = open_retriever(config.search)
+        self.retriever = open_retriever(config.search, progress=progress)
         self.model: PeftModel
         self.tokenizer: PreTrainedTokenizerBase
         self.model, self.tokenizer = load_policy(config.model, adapter=adapter, seed=config.seed)
-        self.protocol = TagProtocol(self.tokenizer, config.protocol)
+        self.protocol = Protocol(self.tokenizer, config.protocol)
 
     def rollout(
         self, questions: Sequence[Question], n: int, seed_parts: Sequence[int | str], **how: Any
@@ -108,6 +82,7 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> dict[str, Any]
         "seed": config.seed,
         "model": config.model.name,
         "retriever": work.retriever.name,
+        "training": {"data": config.data.train, "n": len(train_questions)},
         "evaluation": {"data": config.data.evaluation, "n": len(test_questions), "decoding": "greedy"},
         "stages": [],
     }

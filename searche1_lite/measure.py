@@ -1,15 +1,14 @@
 """The peak memory of one real stage, measured in a process of its own.
 
-`python -m searche1_lite.measure` reads from stdin the settings, a stage (`rollout`, `GRPO step`, `OFSD step`) and whether
-the step is the toolkit's own or a plain dense one that holds full logits. Sequences have the full length that the
-protocol allows; the ids are random. On a GPU the figure is the allocator's peak; else the growth of the resident memory
-since before the model was loaded, after the same stage was run once on a tiny model, so that code is not in it.
+`python -m searche1_lite.measure` reads from stdin the settings, a stage (`rollout`, `GRPO step`, `OFSD step`) and
+whether the step is the toolkit's own or a plain dense one, which holds full logits. Sequences have the full length that
+the protocol allows; the ids are random. On a GPU the figure is the allocator's peak; else the growth of the resident
+memory since before the model was loaded, after the same stage was run once on a tiny model, so that code is not in it.
 """
 
 import ctypes
 import gc
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from searche1_lite.trajectory import Question, Trajectory
 
 
-def measure(stage: str, config: Config, *, dense: bool = False, cap_gb: float | None = None) -> dict[str, float]:
+def measure(stage: str, config: Config, *, dense: bool = False, cap_gb: float | None = None) -> dict[str, Any]:
     """Runs one stage in a process of its own.
 
     Args:
@@ -40,7 +39,7 @@ def measure(stage: str, config: Config, *, dense: bool = False, cap_gb: float | 
         cap_gb: on a GPU, the most that the process may allocate.
 
     Returns:
-        `{"peak_bytes", "seconds"}`; `{"peak_bytes": inf}` if the memory did not suffice.
+        `{"peak_bytes", "seconds"}`; both None if the memory did not suffice.
 
     Raises:
         UserError: if the process failed otherwise.
@@ -57,7 +56,7 @@ def measure(stage: str, config: Config, *, dense: bool = False, cap_gb: float | 
     )
     if child.returncode != 0:
         if child.returncode == -9 or "out of memory" in child.stderr.lower() or "can't allocate" in child.stderr:
-            return {"peak_bytes": math.inf, "seconds": math.nan}
+            return {"peak_bytes": None, "seconds": None}
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"measuring the {stage} failed: {last}", exit_code=1)
     return json.loads(child.stdout.strip().splitlines()[-1])
@@ -290,9 +289,9 @@ def _resident(field: str) -> int:
 def _main() -> None:
     import torch
 
-    from searche1_lite.cli import _quieten
+    from searche1_lite.cli import quieten
 
-    _quieten()
+    quieten()
     request = json.load(sys.stdin)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

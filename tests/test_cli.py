@@ -71,10 +71,13 @@ def desk(tmp_path: Path) -> Path:
         "corpus.jsonl": PASSAGE,
         "faulty.jsonl": QUESTION + '{"id": "q2", "question":\n',
         "faulty_corpus.jsonl": PASSAGE + '{"id": "b"}\n',
+        "nothing_good.jsonl": '{"id": "b"}\n',
+        "empty.jsonl": "\n",
         "config.yaml": "seed: 3\n",
         "misspelt.yaml": "search:\n  passages: 3\n",
         "twice.yaml": "seed: 1\nseed: 2\n",
         "full/notes.txt": "mine",
+        "no_text/picture.png": "mine",
         "no_adapter/README.md": "mine",
     }
     for name, text in files.items():
@@ -121,7 +124,12 @@ def test_a_bad_setting_is_refused_in_one_line(desk: Path, words: str, message: s
         ("eval --preset demo --adapter missing", "missing holds no adapter"),
         ("ask Who? --preset demo --adapter no_adapter", "no_adapter holds no adapter"),
         ("index missing.jsonl --out new", "no corpus at missing.jsonl"),
-        ("index faulty_corpus.jsonl --out new", "faulty_corpus.jsonl:2: a passage needs"),
+        ("index nothing_good.jsonl --out new", "every line of nothing_good.jsonl is faulty: nothing_good.jsonl:1: "),
+        ("index empty.jsonl --out new", "empty.jsonl holds no passage"),
+        ("index no_text --out new", "no_text holds no text"),
+        ("eval --preset demo search.corpus=missing.jsonl --data good.jsonl", "no corpus at missing.jsonl"),
+        ("eval --preset demo search.index=full --data good.jsonl", "no Lucene index at full"),
+        ("train --preset demo --out new search.corpus=missing.jsonl", "no corpus at missing.jsonl"),
         ("index corpus.jsonl --out full", "full exists already"),
         ("train --preset demo --out full", "full is not empty and holds no run"),
         ("train --preset demo --out good.jsonl", "cannot write to the run's folder good.jsonl"),
@@ -178,10 +186,40 @@ def test_the_debug_switch_shows_the_traceback(desk: Path) -> None:
 
 
 def test_a_mistake_found_late_is_one_line_too(desk: Path) -> None:
-    """The corpus is looked for after every library was loaded: none of them may say anything."""
-    shown = console(desk, "eval", "--preset", "demo", "--data", "good.jsonl", "search.corpus=missing.jsonl")
-    assert shown.code == 2 and shown.stdout == ""
-    assert shown.stderr == "error: no corpus at missing.jsonl; give a JSONL file with `id` and `contents`\n"
+    """The model is looked for after every library was loaded: none of them may say anything."""
+    shown = console(desk, "eval", "--preset", "demo", "--data", "good.jsonl", "model.name=./no_adapter")
+    assert shown.code in (1, 2) and shown.stdout == ""
+    assert shown.stderr.startswith("error: ") and shown.stderr.count("\n") == 1 and "no_adapter" in shown.stderr
+
+
+def test_index_skips_faulty_lines_and_names_them_in_one_line(desk: Path) -> None:
+    shown = console(desk, "index", "faulty_corpus.jsonl", "--out", "new")
+    assert (shown.code, shown.stdout) == (0, "new\n")
+    assert shown.stderr == (
+        "skipped 1 faulty line: faulty_corpus.jsonl:2: a passage needs `id` and a string `contents`\n"
+    )
+    assert json.loads((desk / "new" / "searche1_index.json").read_text())["passages"] == 1
+    assert [path.name for path in desk.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_large_download_is_not_begun_unasked(desk: Path) -> None:
+    words = ["eval", "--preset", "demo", "--data", "good.jsonl", "search.index=wikipedia-dpr-100w"]
+    shown = console(desk, *words, PYSERINI_CACHE=str(desk / "pyserini"))
+    assert shown.code == 1 and shown.stdout == "" and shown.stderr.count("\n") == 1
+    assert "9.2 GB" in shown.stderr and "--yes" in shown.stderr
+    assert "torch" not in shown.imported and not (desk / "pyserini").exists()
+
+
+@pytest.mark.parametrize(("answer", "agreed"), [("y", True), ("Yes", True), ("", False), ("n", False)])
+def test_someone_at_a_terminal_is_asked_before_a_download(answer: str, agreed: bool) -> None:
+    program = "from searche1_lite.console import confirmation; print(confirmation(False)('downloading X takes 1 GB'))"
+    terminal, other_end = os.openpty()
+    os.write(terminal, f"{answer}\n".encode())
+    ran = subprocess.run([sys.executable, "-c", program], stdin=other_end, stderr=other_end, stdout=subprocess.PIPE)
+    os.close(other_end)
+    assert b"downloading X takes 1 GB. Go on? [y/N] " in os.read(terminal, 1000)
+    os.close(terminal)
+    assert ran.stdout.decode().strip() == str(agreed)
 
 
 def test_eval_prints_one_json_object_and_nothing_else_on_stdout(desk: Path, tiny_policy_folder: Path) -> None:

@@ -31,8 +31,8 @@ for call in json.loads(sys.argv[1]):
 
 LOAD = """
 import json, sys
-from searche1_lite.cli import _quieten
-_quieten()  # as the commands do, before anything heavy is imported
+from searche1_lite.cli import quieten
+quieten()  # as the commands do, before anything heavy is imported
 from searche1_lite.config import ModelConfig
 from searche1_lite.errors import UserError
 from searche1_lite.model import load_policy

@@ -54,6 +54,29 @@ def test_any_string_is_a_query(index: Path, query: str) -> None:
     assert isinstance(BM25Retriever(index).search([query], 3)[0], list)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        [f"word{number}" for number in range(5_000)],  # Lucene's own limit is 1,024 clauses
+        ["coast"] * 100_000,
+        [chr(0x4E00 + number) for number in range(5_000)],
+        ["x" * 1_000_000],
+    ],
+    ids=["distinct", "repeated", "Chinese", "one"],
+)
+def test_a_very_long_query_is_searched_by_its_beginning(index: Path, words: list[str]) -> None:
+    retriever = BM25Retriever(index)
+    separator = "" if len(words[0]) == 1 else " "
+    found = retriever.search([f"equator {separator.join(words)}", f"{separator.join(words)} equator"], 3)
+    assert found[0][0].id in "bc", "what stands first is searched for"
+    assert [passage.id for passage in found[1]] == (["c"] if words[0] == "coast" else []), "what comes too late is not"
+
+
+def test_a_long_query_is_cut_between_words(index: Path) -> None:
+    cut_inside_a_word = "z" * 4_090 + " mountainside"
+    assert BM25Retriever(index).search([cut_inside_a_word], 3) == [[]]
+
+
 def test_k1_and_b_are_used(index: Path) -> None:
     usual, flat = BM25Retriever(index), BM25Retriever(index, k1=0.0, b=0.0)
     assert usual.search(["Peru"], 1)[0][0].score != flat.search(["Peru"], 1)[0][0].score
@@ -77,22 +100,6 @@ def test_a_half_built_index_is_built_again(tmp_path: Path) -> None:
     for segment in place.glob("_*"):
         segment.unlink()
     assert BM25Retriever(ensure_index(corpus, tmp_path / "cache")).search(["Lima"], 1)[0]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"id": "x", "contents": ', r"corpus\.jsonl:2: not a JSON line"),
-        ('{"id": "x"}', r"corpus\.jsonl:2: a passage needs"),
-        ('{"id": "a", "contents": "again"}', r"id 'a' was already used on line 1"),
-    ],
-)
-def test_a_faulty_line_is_named(tmp_path: Path, line: str, message: str) -> None:
-    corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text(json.dumps(CORPUS[0]) + "\n" + line + "\n")
-    with pytest.raises(UserError, match=message):
-        build_index(corpus, tmp_path / "index")
-    assert not (tmp_path / "index").exists()
 
 
 def test_a_missing_index_says_how_to_build_one(tmp_path: Path) -> None:

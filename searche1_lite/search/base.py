@@ -15,6 +15,15 @@ class Passage:
     score: float = 0.0
 
 
+def parse_contents(passage_id: str, contents: str, score: float = 0.0) -> Passage:
+    """Splits `contents` into title (first line, wiki-18's surrounding quotes dropped) and text."""
+    title, _, text = contents.partition("\n")
+    title = title.strip()
+    if len(title) >= 2 and title[0] == title[-1] == '"':
+        title = title[1:-1]
+    return Passage(passage_id, title, text.strip(), score)
+
+
 @runtime_checkable
 class Retriever(Protocol):
     """A batch of queries in, ranked passages out."""

@@ -2,15 +2,25 @@
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from searche1_lite.errors import UserError
-from searche1_lite.search.base import Passage
-from searche1_lite.search.index import parse_contents
+from searche1_lite.search.base import Passage, parse_contents
 from searche1_lite.search.jvm import start_jvm
 
 _REMEMBERED_QUERIES = 20_000
+_MAX_QUERY = 4096
+"""Characters; what comes after is not searched. A term has at least one, so it also bounds Lucene's clauses."""
+
+
+class TextStore(Protocol):
+    """Where the passages are whose text an index does not hold."""
+
+    def contents(self, passage_id: str) -> str:
+        """The title in the first line, and the text."""
+        ...
 
 
 class BM25Retriever:
@@ -20,56 +30,104 @@ class BM25Retriever:
     Ties are broken by document id, so the order is the same for any number of threads.
 
     Args:
-        index: a Lucene index whose raw documents are stored (`searche1-lite index` builds one).
+        index: a Lucene index (`searche1-lite index` builds one).
         k1, b: BM25's parameters.
         threads: how many answer one batch of queries.
+        open_store: opens what has the text; called only if the index stores none.
+
+    Raises:
+        UserError: if there is no index, it cannot be read, or there is no text for it.
     """
 
-    def __init__(self, index: Path, k1: float = 0.9, b: float = 0.4, threads: int = 2) -> None:
-        if not any(Path(index).glob("segments_*")):
-            raise UserError(f"no Lucene index at {index}; build one with `searche1-lite index CORPUS.jsonl --out DIR`")
+    def __init__(
+        self,
+        index: Path,
+        k1: float = 0.9,
+        b: float = 0.4,
+        threads: int = 2,
+        open_store: Callable[[], TextStore] | None = None,
+    ) -> None:
+        if not is_lucene_index(index):
+            raise UserError(f"no Lucene index at {index}; build one with `searche1-lite index CORPUS --out DIR`")
         start_jvm()
         # Pyserini's own class for this costs seconds to import (it brings every encoder); this is what it wraps.
+        from jnius import JavaException
         from pyserini.pyclass import JArrayList, JString, autoclass
 
         self._array_list, self._string = JArrayList, JString
-        self._searcher = autoclass("io.anserini.search.SimpleSearcher")(str(index))
+        try:
+            self._searcher = autoclass("io.anserini.search.SimpleSearcher")(str(index))
+        except JavaException as error:
+            why = str(error.innermessage or error).splitlines()[0]
+            raise UserError(f"the index at {index} cannot be read ({why}); build or fetch it again") from error
+        autoclass("org.apache.lucene.search.IndexSearcher").setMaxClauseCount(_MAX_QUERY)
         self._searcher.set_bm25(k1, b)
         self._threads = threads
+        if (bare := not self._stores_text()) and open_store is None:
+            raise UserError(f"{index} stores no text; set search.corpus to the JSONL file that it was built from")
+        self._store = open_store() if bare and open_store else None
         self._remembered: OrderedDict[tuple[str, int], list[Passage]] = OrderedDict()
         self.name = f"bm25(k1={k1:g}, b={b:g})"
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """At most `k` passages for each query, best first. Repeated queries are answered once."""
-        wanted = list(dict.fromkeys(query for query in queries if (query, k) not in self._remembered))
-        answers = {query: self._remembered[query, k] for query in queries if (query, k) in self._remembered}
+        asked = [_clean(query) for query in queries]
+        wanted = list(dict.fromkeys(query for query in asked if (query, k) not in self._remembered))
+        answers = {query: self._remembered[query, k] for query in asked if (query, k) in self._remembered}
         answers |= self._search_distinct(wanted, k)
         for query in wanted:
             self._remembered[query, k] = answers[query]
         while len(self._remembered) > _REMEMBERED_QUERIES:
             self._remembered.popitem(last=False)
-        return [answers[query] for query in queries]
+        return [answers[query] for query in asked]
 
     def _search_distinct(self, queries: list[str], k: int) -> dict[str, list[Passage]]:
         answers: dict[str, list[Passage]] = {query: [] for query in queries}
         texts, keys = self._array_list(), self._array_list()
-        asked = []
-        for query in queries:
-            clean = query.encode("utf-8", "replace").decode("utf-8").replace("\0", " ").strip()
-            if clean:
-                texts.add(self._string(clean.encode("utf-8")))
-                keys.add(self._string(str(len(asked)).encode()))
-                asked.append(query)
+        asked = [query for query in queries if query]
+        for position, query in enumerate(asked):
+            texts.add(self._string(query.encode("utf-8")))
+            keys.add(self._string(str(position).encode()))
         if not asked:
             return answers
         results = self._searcher.batch_search(texts, keys, k, self._threads)
         for position, query in enumerate(asked):
             for hit in results.get(str(position)) or []:
-                answers[query].append(_passage(hit.lucene_document.get("raw"), hit.docid, float(hit.score)))
+                answers[query].append(self._passage(hit))
         return answers
 
+    def _stores_text(self) -> bool:
+        """Judged by the first passage."""
+        return not self._searcher.get_total_num_docs() or self._searcher.doc(0).get("raw") is not None
 
-def _passage(raw: str | None, docid: str, score: float) -> Passage:
-    if raw is None:
-        raise UserError("the index stores no documents; rebuild it with `searche1-lite index`", exit_code=1)
-    return parse_contents(docid, json.loads(raw)["contents"], score)
+    def _passage(self, hit: Any) -> Passage:
+        docid, score = hit.docid, float(hit.score)
+        if self._store is not None:
+            return parse_contents(docid, self._store.contents(docid), score)
+        return _parse_raw(hit.lucene_document.get("raw") or "", docid, score)
+
+
+def is_lucene_index(folder: Path) -> bool:
+    return any(Path(folder).glob("segments_*"))
+
+
+def _clean(query: str) -> str:
+    """A query as Lucene can take it; a long one is cut, between words if that is possible."""
+    text = query.encode("utf-8", "replace").decode("utf-8").replace("\0", " ").strip()
+    if len(text) <= _MAX_QUERY:
+        return text
+    head, cut = text[:_MAX_QUERY], not text[_MAX_QUERY].isspace()
+    return head.rsplit(None, 1)[0] if cut and len(head.split(None, 1)) > 1 else head.strip()
+
+
+def _parse_raw(raw: str, docid: str, score: float) -> Passage:
+    """A stored document: with `contents` as ours are, with `title` and `text` as in BEIR, or no JSON at all."""
+    try:
+        record = json.loads(raw)
+    except ValueError:
+        return Passage(docid, "", raw.strip(), score)
+    if isinstance(record, dict) and isinstance(record.get("contents"), str):
+        return parse_contents(docid, record["contents"], score)
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return Passage(docid, str(record.get("title") or ""), record["text"].strip(), score)
+    return Passage(docid, "", raw.strip(), score)

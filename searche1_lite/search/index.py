@@ -1,26 +1,29 @@
-"""Lucene indexes: built through Anserini, atomically, and found again by the content of their corpus.
+"""Lucene indexes: built through Anserini, complete or not there, resumable, and found again by what they hold."""
 
-A corpus is JSONL in the wiki-18 form: `id` and `contents`, whose first line is the title and the rest the text.
-"""
-
-import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from searche1_lite.errors import UserError
-from searche1_lite.search.base import Passage
+from searche1_lite.search.corpus import CheckedCorpus, check_corpus, corpus_size, read_passages
 from searche1_lite.search.jvm import start_jvm
+from searche1_lite.search.progress import SILENT, Progress, megabytes, say_on_stderr
 
 INDEX_FORMAT = 1
 """Raised whenever an index built by older code must not be used any more."""
 
 METADATA_FILE = "searche1_index.json"
+_BATCH = 2_000
+"""Passages handed to Lucene at a time, which it spreads over its threads."""
+_BATCH_CHARACTERS = 8_000_000
+"""Fewer passages at a time where they are as long as this together."""
 
 
 def cache_folder() -> Path:
@@ -30,108 +33,206 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "searche1-lite"
 
 
-def parse_contents(passage_id: str, contents: str, score: float = 0.0) -> Passage:
-    """Splits `contents` into title (first line, wiki-18's surrounding quotes dropped) and text."""
-    title, _, text = contents.partition("\n")
-    title = title.strip()
-    if len(title) >= 2 and title[0] == title[-1] == '"':
-        title = title[1:-1]
-    return Passage(passage_id, title, text.strip(), score)
-
-
-def read_corpus(corpus: Path) -> Iterator[tuple[str, str]]:
-    """`(id, contents)` of every passage, checked.
-
-    Raises:
-        UserError: with file and line number, for an unreadable line, a missing field or an id that came before.
-    """
-    if not corpus.is_file():
-        raise UserError(f"no corpus at {corpus}; give a JSONL file with `id` and `contents`")
-    seen: dict[str, int] = {}
-    with corpus.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"{corpus}:{number}: not a JSON line ({error}); mend or delete it") from error
-            if not isinstance(record, dict) or not isinstance(record.get("contents"), str) or "id" not in record:
-                raise UserError(f"{corpus}:{number}: a passage needs `id` and a string `contents`; mend or delete it")
-            passage_id = str(record["id"])
-            if passage_id in seen:
-                raise UserError(
-                    f"{corpus}:{number}: id {passage_id!r} was already used on line {seen[passage_id]}; make it unique"
-                )
-            seen[passage_id] = number
-            yield passage_id, record["contents"]
-    if not seen:
-        raise UserError(f"{corpus} holds no passage; give a JSONL file with `id` and `contents`")
-
-
-def build_index(corpus: Path, out: Path, threads: int = 2) -> None:
+def build_index(
+    corpus: Path,
+    out: Path,
+    threads: int = 2,
+    *,
+    words: int = 100,
+    progress: Progress = SILENT,
+    say: Callable[[str], None] = say_on_stderr,
+    commit_every: int = 100_000,
+) -> None:
     """Builds a BM25 index of `corpus` at `out`, which must not exist. Complete or not there at all.
 
+    A build that was interrupted goes on from its last commit: it is kept in a hidden folder beside `out`.
+
+    Args:
+        corpus: JSONL, JSONL.gz, or a folder of text files, cut into passages of about `words` words.
+        say: told in a line what the user should know, such as the faulty lines that are left out.
+        commit_every: passages between two commits.
+
     Raises:
-        UserError: for a faulty corpus, an existing `out`, or if Lucene indexed fewer passages than there are.
+        UserError: for a corpus without passages or with a repeated id, an existing `out`, or if Lucene cannot write.
     """
     if out.exists():
         raise UserError(f"{out} exists already; delete it or choose another --out")
-    next(read_corpus(corpus))  # a missing or empty corpus is told before anything is made
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as staging:
-        collection, index = Path(staging) / "collection", Path(staging) / "index"
-        collection.mkdir()
-        count = 0
-        with (collection / "corpus.jsonl").open("w", encoding="utf-8") as file:
-            for passage_id, contents in read_corpus(corpus):
-                # A lone surrogate is valid in JSON and not in UTF-8, which Lucene needs.
-                clean = contents.encode("utf-8", "replace").decode("utf-8")
-                file.write(json.dumps({"id": passage_id, "contents": clean}, ensure_ascii=False) + "\n")
-                count += 1
-        start_jvm()
-        from jnius import autoclass
-
-        arguments = {
-            "-collection": "JsonCollection",
-            "-input": str(collection),
-            "-index": str(index),
-            "-generator": "DefaultLuceneDocumentGenerator",
-            "-threads": str(threads),
-            "-memoryBuffer": "256",  # MB; Anserini's own 4096 would fill the Java heap before Lucene writes to disk
-        }
-        words = [word for pair in arguments.items() for word in pair]
-        autoclass("io.anserini.index.IndexCollection").main([*words, "-storeRaw", "-quiet"])
-        indexed = (
-            autoclass("io.anserini.search.SimpleSearcher")(str(index)).get_total_num_docs() if index.is_dir() else 0
-        )
-        if indexed != count:
-            raise UserError(f"Lucene indexed {indexed} of {count} passages of {corpus}; is the disk full?", exit_code=1)
-        (index / METADATA_FILE).write_text(
-            json.dumps({"format": INDEX_FORMAT, "passages": count, "sha256": _sha256(corpus)})
-        )
-        index.rename(out)
+    checked = check_corpus(corpus, words, progress, cache_folder() / "corpora")
+    _build(corpus, checked, out, threads, words, progress, say, commit_every)
 
 
-def ensure_index(corpus: Path, cache: Path | None = None, threads: int = 2) -> Path:
+def ensure_index(
+    corpus: Path,
+    cache: Path | None = None,
+    threads: int = 2,
+    *,
+    words: int = 100,
+    progress: Progress = SILENT,
+    say: Callable[[str], None] = say_on_stderr,
+) -> Path:
     """The index of `corpus`, built on first use and again whenever the corpus changed.
 
     Args:
-        corpus: JSONL file.
+        corpus: as for `build_index`, which gives the errors too.
         cache: folder of indexes; default `cache_folder()`. Several processes may ask at once: one builds, others wait.
     """
-    if not corpus.is_file():
-        raise UserError(f"no corpus at {corpus}; give a JSONL file with `id` and `contents`")
-    folder = (cache or cache_folder()) / "indexes"
+    cache = cache or cache_folder()
+    checked = check_corpus(corpus, words, progress, cache / "corpora")
+    folder = cache / "indexes"
     folder.mkdir(parents=True, exist_ok=True)
-    out = folder / f"bm25-v{INDEX_FORMAT}-{_sha256(corpus)[:24]}"
+    out = folder / f"bm25-v{INDEX_FORMAT}-{checked.sha256[:24]}"
     with FileLock(f"{out}.lock"):
         if not (out / METADATA_FILE).is_file():
             shutil.rmtree(out, ignore_errors=True)
-            build_index(corpus, out, threads)
+            _build(corpus, checked, out, threads, words, progress, say, commit_every=100_000)
     return out
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _build(
+    corpus: Path,
+    checked: CheckedCorpus,
+    out: Path,
+    threads: int,
+    words: int,
+    progress: Progress,
+    say: Callable[[str], None],
+    commit_every: int,
+) -> None:
+    staging = out.with_name(f".{out.name}.building")
+    staging.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(staging / "lock", blocking=False):
+            if warning := checked.warning():
+                say(warning)
+            done = _resume(staging, checked, say)
+            _index(corpus, checked, staging, done, threads, words, progress, commit_every)
+            metadata = {"format": INDEX_FORMAT, "passages": checked.passages, "sha256": checked.sha256}
+            (staging / "index" / METADATA_FILE).write_text(json.dumps(metadata))
+            (staging / "index").rename(out)
+            shutil.rmtree(staging)
+    except Timeout:
+        raise UserError(f"another process is building {out}; wait for it, or choose another --out", 1) from None
+
+
+def _resume(staging: Path, checked: CheckedCorpus, say: Callable[[str], None]) -> int:
+    """How many passages an earlier build of the same corpus has committed; begins afresh if there are none."""
+    index, state = staging / "index", staging / "state.json"
+    ours = {"format": INDEX_FORMAT, "sha256": checked.sha256, "passages": checked.passages}
+    try:
+        found = json.loads(state.read_text())
+    except (OSError, ValueError):
+        found = None
+    start_jvm()
+    done = _committed(index) if found == ours else 0
+    if 0 < done <= checked.passages:
+        say(f"going on with an interrupted build: {done:,} of {checked.passages:,} passages are indexed")
+        return done
+    if found not in (None, ours):
+        say(f"{staging} holds an unfinished index of another corpus; it is replaced")
+    shutil.rmtree(index, ignore_errors=True)
+    state.write_text(json.dumps(ours))
+    return 0
+
+
+def _committed(index: Path) -> int:
+    """Passages in the last commit; 0 where there is none, or none that can be read."""
+    if not any(index.glob("segments_*")):
+        return 0
+    from jnius import JavaException, autoclass
+
+    try:
+        searcher = autoclass("io.anserini.search.SimpleSearcher")(str(index))
+        count = int(searcher.get_total_num_docs())
+        searcher.close()
+    except JavaException:
+        return 0
+    return count
+
+
+def _index(
+    corpus: Path,
+    checked: CheckedCorpus,
+    staging: Path,
+    done: int,
+    threads: int,
+    words: int,
+    progress: Progress,
+    commit_every: int,
+) -> None:
+    """Indexes all but the first `done` passages. After every commit the index holds the first so many, no others."""
+    index, state, doubtful = staging / "index", staging / "state.json", staging / "doubtful.json"
+    with megabytes(progress, f"index {corpus.name}", corpus_size(corpus)) as advance:
+        passages = read_passages(corpus, words, advance)
+        for _ in islice(passages, done):
+            pass
+        while chunk := next(chunks := _batches(islice(passages, commit_every)), None):
+            before = done
+            writer = _writer(index, threads)
+            try:
+                for batch in chain([chunk], chunks):
+                    done += len(batch)
+                    if writer.addRawDocuments(batch, pass_by_reference=False) != len(batch):
+                        state.rename(doubtful)  # a part of a batch must not be gone on with, should it be committed
+                        break
+            finally:  # also when interrupted: what was handed over is a whole number of batches, and is kept
+                _close(writer)
+            if (held := _committed(index)) != done:
+                if held == before and doubtful.exists():
+                    doubtful.rename(state)
+                raise _cannot_write(staging)
+    if done != checked.passages:
+        state.unlink()
+        raise UserError(f"{corpus} was changed while it was indexed; run it again when it is complete", exit_code=1)
+
+
+def _batches(passages: Iterator[tuple[str, str]]) -> Iterator[list[str]]:
+    """Passages as JSON, so many at a time as Lucene's threads can share and the memory can hold."""
+    batch: list[str] = []
+    size = 0
+    for passage_id, contents in passages:
+        batch.append(json.dumps({"id": passage_id, "contents": contents}))
+        size += len(contents)
+        if len(batch) == _BATCH or size > _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _writer(index: Path, threads: int) -> Any:
+    """Anserini's indexer, which adds to what is committed at `index`."""
+    from jnius import JavaException, autoclass
+
+    # It logs each passage that it could not write, and goes on: the counts tell.
+    off = autoclass("org.apache.logging.log4j.Level").OFF
+    autoclass("org.apache.logging.log4j.core.config.Configurator").setLevel("io.anserini.index", off)
+    options = {
+        "-collection": "JsonCollection",
+        "-input": "passages",
+        "-index": str(index),
+        "-generator": "DefaultLuceneDocumentGenerator",
+        "-threads": str(threads),
+        "-memoryBuffer": "256",  # MB; Anserini's own 4096 would fill the Java heap before Lucene writes to disk
+    }
+    words = [word for pair in options.items() for word in pair]
+    try:
+        return autoclass("io.anserini.index.SimpleIndexer")([*words, "-storeRaw", "-append"])
+    except JavaException as error:
+        raise _cannot_write(index.parent) from error
+
+
+def _close(writer: Any) -> None:
+    from jnius import JavaException
+
+    # On a full disk Lucene closes the index by itself, and Anserini fails to do so again: the counts tell.
+    with suppress(JavaException):
+        writer.close()
+
+
+def _cannot_write(staging: Path) -> UserError:
+    free = shutil.disk_usage(staging).free / 2**20
+    return UserError(
+        f"Lucene could not write the index in {staging} ({free:,.0f} MB are free there); make room and run it again, "
+        "it goes on from what is there",
+        exit_code=1,
+    )

@@ -1,0 +1,113 @@
+"""From the configuration to a search engine: which index is meant, where its text is, and what has to be fetched."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from searche1_lite.config import SearchConfig
+from searche1_lite.errors import UserError
+from searche1_lite.search.base import Retriever
+from searche1_lite.search.bm25 import BM25Retriever, is_lucene_index
+from searche1_lite.search.index import cache_folder, ensure_index
+from searche1_lite.search.prebuilt import fetch_prebuilt, find_prebuilt
+from searche1_lite.search.progress import SILENT, Progress, say_on_stderr
+from searche1_lite.search.store import JsonlStore
+from searche1_lite.search.wiki18 import NAME as WIKI18
+from searche1_lite.search.wiki18 import fetch_wiki18
+
+
+def needs_yes(what: str) -> bool:
+    """Agrees to nothing, where nobody can be asked.
+
+    Raises:
+        UserError: telling what would be done, and how to agree.
+    """
+    raise UserError(f"{what}; add --yes to agree", exit_code=1)
+
+
+def open_retriever(
+    config: SearchConfig,
+    *,
+    confirm: Callable[[str], bool] = needs_yes,
+    progress: Progress = SILENT,
+    say: Callable[[str], None] = say_on_stderr,
+) -> Retriever:
+    """The configured search engine; its index is built or fetched first if need be.
+
+    Args:
+        confirm: told what a download would take; whether to go on.
+        say: told in a line what the user should know.
+
+    Raises:
+        UserError: if nothing is configured, or what is configured is not there and cannot be built or fetched.
+    """
+    if config.index is None and config.corpus is None:
+        raise UserError(
+            "nothing to search is set; set search.corpus to a JSONL file, a folder of text files or demo, or "
+            f"search.index to an index's folder, {WIKI18} or a name such as wikipedia-dpr-100w"
+        )
+    # A preset's demo corpus says nothing about an index given over it.
+    corpus = None if config.corpus in (None, "demo") else Path(config.corpus)
+    if config.index is not None:
+        index, corpus = _find_index(config.index, corpus, confirm, progress)
+    else:
+        corpus = corpus or _demo_corpus()
+        index = ensure_index(corpus, threads=config.threads, progress=progress, say=say)
+    text = (lambda: JsonlStore(corpus, cache_folder() / "corpora", progress)) if corpus else None
+    return BM25Retriever(index, config.k1, config.b, config.threads, text)
+
+
+def _find_index(
+    name: str, corpus: Path | None, confirm: Callable[[str], bool], progress: Progress
+) -> tuple[Path, Path | None]:
+    """The index's folder, and the corpus that has its text if it stores none."""
+    folder = Path(name)
+    if is_lucene_index(folder):
+        return folder, corpus
+    if folder.exists() or os.sep in name or name.startswith("."):
+        raise UserError(f"no Lucene index at {folder}; build one with `searche1-lite index CORPUS --out DIR`")
+    if name == WIKI18:
+        return fetch_wiki18(corpus, cache_folder(), confirm)
+    return fetch_prebuilt(find_prebuilt(name, (WIKI18,)), confirm, progress), corpus
+
+
+def _demo_corpus() -> Path:
+    from searche1_lite.demo.world import DEMO_WORLD_SEED, write_demo_corpus
+
+    corpus = cache_folder() / f"demo-{DEMO_WORLD_SEED}.jsonl"
+    corpus.parent.mkdir(parents=True, exist_ok=True)
+    fresh = corpus.with_name(f"{corpus.name}.{os.getpid()}")
+    write_demo_corpus(fresh)
+    if corpus.is_file() and corpus.read_bytes() == fresh.read_bytes():
+        fresh.unlink()  # another process may be reading it: a file that is replaced counts as changed
+    else:
+        fresh.replace(corpus)
+    return corpus
+
+
+def describe_source(config: SearchConfig) -> tuple[str, str]:
+    """Whether what `open_retriever` would search is at hand: `ok`, `warn` (it would be built or fetched), and in words.
+
+    Nothing is built or fetched.
+
+    Raises:
+        UserError: if it could not be opened.
+    """
+    if config.index is None:
+        if config.corpus is None:
+            raise UserError("nothing to search is set; set search.corpus or search.index")
+        if config.corpus == "demo":
+            return "ok", "the demo's wiki; its index is built on first use"
+        if not Path(config.corpus).exists():
+            raise UserError(f"no corpus at {config.corpus}; give a JSONL file, or a folder of text files")
+        return "ok", f"{config.corpus}; its index is built on first use, in {cache_folder()}"
+    if is_lucene_index(Path(config.index)):
+        return "ok", f"the index in {config.index}"
+    if config.index == WIKI18:
+        if (cache_folder() / f"{WIKI18}.json").is_file():
+            return "ok", f"{WIKI18}, fetched before"
+        return "warn", f"{WIKI18} is going to be fetched on first use"
+    found = find_prebuilt(config.index, (WIKI18,))
+    if found.folder.is_dir():
+        return "ok", f"{found.name}, in {found.folder}"
+    return "warn", f"{found.name} is going to be fetched on first use, {found.size / 1e9:.1f} GB packed"
