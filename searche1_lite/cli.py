@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -47,7 +47,9 @@ def train(
     from searche1_lite.benchmarks import load_run_questions
     from searche1_lite.checkpoint import RunFolder
 
-    load_run_questions(settings, _say)  # faulty files are refused before a folder is made
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or "," in os.environ.get("CUDA_VISIBLE_DEVICES", ""):
+        raise UserError("a run is for one GPU; set CUDA_VISIBLE_DEVICES to one of them, and start one process")
+    questions = load_run_questions(settings, _say)  # faulty files are refused before a folder is made
     folder = RunFolder(folder_path, settings, resume)
     _prepare_search(settings.search, yes)
     quieten()
@@ -55,9 +57,12 @@ def train(
     from searche1_lite.evolve import run
 
     try:
-        summary = run(settings, folder, RichTasks())
+        summary = run(settings, folder, RichTasks(), questions)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; finished stages are kept, go on with --resume --out {folder_path}", err=True)
+        if (folder_path / "config.yaml").is_file():
+            _say(f"interrupted; finished stages are kept, go on with --resume --out {folder_path}")
+        else:
+            _say("interrupted before the first stage; the same command begins again")
         raise typer.Exit(130) from None
     from rich.console import Console
 
@@ -265,6 +270,10 @@ def quieten() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if sys.stderr.isatty():
+        from huggingface_hub.utils import enable_progress_bars
+
+        enable_progress_bars()  # transformers has turned off those of downloads too
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
@@ -273,6 +282,9 @@ def main() -> None:
     if "LOCAL_RANK" not in os.environ:
         # With several cards in sight TRL would spread batches over them; a run is for one, and this says which.
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if sys.platform == "linux":
+        # The KV cache grows token by token; without this, the memory it leaves behind is too small for what comes.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         app()
     except (UserError, OSError) as error:
@@ -283,5 +295,16 @@ def main() -> None:
             exit_code = error.exit_code
         elif error.filename is not None:  # a full disk, a folder that may not be written to, ...
             message = f"{error.strerror}: {error.filename}; make room or give another place"
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(exit_code)
+        _fail(message, exit_code)
+    except RuntimeError as error:
+        # PyTorch is not imported here for the names of its errors.
+        if os.environ.get("SEARCHE1_LITE_DEBUG") or "CUDA" not in str(error):
+            raise
+        if type(error).__name__ == "OutOfMemoryError":
+            _fail("the GPU's memory ran out; `searche1-lite doctor` says what to lower. Finished stages are kept", 1)
+        _fail(f"the GPU failed: {str(error).strip().splitlines()[0]}; look at `searche1-lite doctor`", 1)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(exit_code)

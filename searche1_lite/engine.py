@@ -2,8 +2,9 @@
 
 One `DynamicCache` serves a batch of rows. Text appended by the environment is prefilled on top of what is cached; rows
 of unequal length leave holes, which the attention mask covers, and positions count real tokens only. So nothing is ever
-computed twice, and the result is that of a fresh prefill of the whole sequence. What it leaves out: refilling the slot
-of a finished row, and captured graphs.
+computed twice, and the result is that of a fresh prefill of the whole sequence. When holes add up, they are squeezed
+out, so that the cache stays about as long as its longest row. What it leaves out: refilling the slot of a finished row,
+and captured graphs.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ _TAIL = 16
 
 PREFILL_TOKENS = 4096
 """Tokens of all rows that one forward pass takes, so that its activations do not grow with rows and documents."""
+
+HOLES = 64
+"""Columns that the cache may be longer than its longest row before holes are squeezed out."""
 
 
 @dataclass(slots=True)
@@ -105,6 +109,7 @@ class Decoder:
         """Feeds `ids` (a list per row, empty ones allowed), after the last sampled token if that was not fed yet."""
         chunks = [unfed + list(new) for unfed, new in zip(self._unfed, ids, strict=True)]
         self._unfed = [[] for _ in chunks]
+        self._squeeze()
         lengths = torch.tensor([len(chunk) for chunk in chunks], device=self._device)
         width = int(lengths.max())
         if width == 0:
@@ -130,6 +135,7 @@ class Decoder:
             temperature: sampling temperature.
             streams: each row's random numbers, or None for greedy decoding.
         """
+        self._squeeze()
         turns = [SampledTurn() for _ in budgets]
         active = list(range(len(turns)))
         while True:
@@ -161,6 +167,21 @@ class Decoder:
             real = torch.zeros((len(turns), 1), dtype=torch.long, device=self._device)
             real[active] = 1
             self.logits = self._head(self._forward(tokens.unsqueeze(1), real)[:, -1])
+
+    def _squeeze(self) -> None:
+        """Moves each row's entries to the front of the cache, over its holes, if there are many; nothing else changes.
+
+        Keys carry their positions already, and whatever comes later stands behind all of them.
+        """
+        columns, longest = self._mask.shape[1], int(self._mask.sum(dim=1).max()) if self._mask.numel() else 0
+        if columns - longest <= HOLES:
+            return
+        order = self._mask.argsort(dim=1, descending=True, stable=True)[:, :longest]
+        self._mask = self._mask.gather(1, order)
+        for layer in self._cache.layers:
+            index = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
+            layer.keys = layer.keys.gather(2, index)
+            layer.values = layer.values.gather(2, index)
 
     def _closes(self, ids: list[int]) -> bool:
         tail = self._tokenizer.decode(ids[-_TAIL:], skip_special_tokens=False)

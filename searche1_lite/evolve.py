@@ -7,6 +7,7 @@ that was interrupted and resumed after any stage gives the same figures, bit for
 import resource
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -72,9 +73,18 @@ class Run:
             return self.rollout(questions, n, seed_parts, greedy=greedy, prompts=prompts, on_progress=advance)
 
 
-def run(config: Config, folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    """A whole run, from where `folder` is; returns the summary that it also keeps in `summary.json`."""
-    train_questions, test_questions = load_run_questions(config)
+def run(
+    config: Config,
+    folder: RunFolder,
+    progress: Progress,
+    questions: tuple[list[Question], list[Question]] | None = None,
+) -> dict[str, Any]:
+    """A whole run, from where `folder` is; returns the summary that it also keeps in `summary.json`.
+
+    Args:
+        questions: what `load_run_questions(config)` gave, if it was called already.
+    """
+    train_questions, test_questions = questions or load_run_questions(config)
     work = Run(config, progress)
     work.protocol.check_prompts([*train_questions, *test_questions])
     folder.start()
@@ -121,8 +131,10 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> dict[str, Any]
     if "base" not in done:
         keep("base", 0.0, {})
     for index in range(1, config.rounds + 1):
+        begin_peak()
         if (name := f"round{index}.grpo") not in done:
             keep(name, *_run_grpo(work, train_questions, folder, name, index))
+        begin_peak()
         if config.ofsd.enabled and (name := f"round{index}.ofsd") not in done:
             keep(name, *_run_ofsd(work, train_questions, folder, name, index))
     return summary
@@ -196,8 +208,20 @@ def _choose(questions: Sequence[Question], count: int, seed: int) -> list[Questi
     return Random(seed).sample(list(questions), min(count, len(questions)))
 
 
+def begin_peak() -> None:
+    """From here on `peak_memory_mb` counts; without a GPU on Linux only, elsewhere it counts from the start."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_mb() -> float:
-    """Peak so far: of the GPU's allocator where there is one, else of the process (resident)."""
+    """Peak since `begin_peak`: of the GPU's allocator where there is one, else of the process (resident)."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return round(int(status.partition("VmHWM:")[2].split()[0]) / 2**10, 1)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)

@@ -125,7 +125,13 @@ def rollout(
     was_training = model.training
     model.eval()
     finished: list[Trajectory] = []
-    per_batch = max(1, engine.batch_size // n)
+    rows = engine.batch_size
+    if prompts is not None:
+        # Longer prompts than usual, such as those that show a reference: fewer rows, for the same size of KV cache.
+        usual, room = protocol.config.max_prompt_tokens, protocol.config.max_completion_tokens
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        rows = rows * (usual + room) // (max(usual, longest) + room)
+    per_batch = max(1, rows // n)
     try:
         for first in range(0, len(questions), per_batch):
             batch = questions[first : first + per_batch]

@@ -21,6 +21,7 @@ from hub_server import HubServer
 
 from searche1_lite.config import SearchConfig
 from searche1_lite.errors import UserError
+from searche1_lite.search import download
 from searche1_lite.search.base import Passage
 from searche1_lite.search.catalog import open_retriever
 from searche1_lite.search.index import build_index
@@ -150,10 +151,10 @@ def test_a_corpus_that_is_cut_short_leaves_no_half_in_the_cache(tmp_path: Path) 
 
 @dataclass
 class FileServer:
-    """Serves one file over HTTP, with ranges; `drop_after` bytes the connection breaks, once."""
+    """Serves one file over HTTP, with ranges; the first connections break, after so many bytes each as `drops` says."""
 
     content: bytes
-    drop_after: int | None = None
+    drops: list[int] = field(default_factory=list)
     status: int = 200
     ranges: bool = True
     asked: list[str | None] = field(default_factory=list)
@@ -182,8 +183,8 @@ class _FileHandler(BaseHTTPRequestHandler):
         self.send_response(206 if shelf.ranges else 200)
         self.send_header("Content-Length", str(len(shelf.content) - start))
         self.end_headers()
-        end, shelf.drop_after = shelf.drop_after, None
-        self.wfile.write(shelf.content[start : end if end is None else start + end])
+        end = start + shelf.drops.pop(0) if shelf.drops else None
+        self.wfile.write(shelf.content[start:end])
 
 
 @pytest.fixture(scope="module")
@@ -241,11 +242,27 @@ def test_a_prebuilt_index_is_fetched_once_into_pyserinis_cache(
     assert first(config, confirm=lambda what: pytest.fail("asked again")) == FIRST
 
 
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "_PAUSE", 0.0)
+
+
+def test_a_download_that_breaks_goes_on_by_itself_as_long_as_something_comes(
+    archive: bytes, listed: Callable[..., None]
+) -> None:
+    server = FileServer(archive, drops=[1000, 500, 1])
+    with server.run() as url:
+        listed(url, archive)
+        assert first(SearchConfig(index=NAME), confirm=lambda what: True) == FIRST
+    assert server.asked == ["bytes=0-", "bytes=1000-", "bytes=1500-", "bytes=1501-"]
+
+
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_that_broke_goes_on_where_it_stopped(
+def test_a_download_that_was_given_up_goes_on_where_it_stopped(
     tmp_path: Path, archive: bytes, listed: Callable[..., None], ranges: bool
 ) -> None:
-    server, questions = FileServer(archive, drop_after=1000, ranges=ranges), []
+    """A server that cannot resume sends all of it again."""
+    server, questions = FileServer(archive, drops=[1000, 0 if ranges else 1000], ranges=ranges), []
     config = SearchConfig(index=NAME)
     with server.run() as url:
         listed(url, archive)
@@ -253,7 +270,7 @@ def test_a_download_that_broke_goes_on_where_it_stopped(
             open_retriever(config, confirm=lambda what: True)
         assert list(kept(tmp_path).values()) == [1000]
         assert first(config, confirm=lambda what: not questions.append(what)) == FIRST
-    assert server.asked == ["bytes=0-", "bytes=1000-"]
+    assert server.asked == ["bytes=0-", "bytes=1000-", "bytes=1000-"]
     assert "are there already" in questions[0] and all(size == 0 for size in kept(tmp_path).values())
 
 

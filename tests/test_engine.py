@@ -13,10 +13,13 @@ def fresh_logits(model, ids: list[int]) -> torch.Tensor:
         return model(input_ids=torch.tensor([ids])).logits[0, -1]
 
 
-@pytest.mark.parametrize("prefill_tokens", [4096, 9, 1])
+@pytest.mark.parametrize(("prefill_tokens", "holes"), [(4096, 64), (9, 64), (1, 64), (4096, 0), (9, 5)])
 @torch.inference_mode()
-def test_kept_kv_equals_a_fresh_prefill_over_three_uneven_turns(tiny_policy, monkeypatch, prefill_tokens: int) -> None:
+def test_kept_kv_equals_a_fresh_prefill_over_three_uneven_turns(
+    tiny_policy, monkeypatch, prefill_tokens: int, holes: int
+) -> None:
     monkeypatch.setattr(engine, "PREFILL_TOKENS", prefill_tokens)
+    monkeypatch.setattr(engine, "HOLES", holes)
     model, tokenizer = tiny_policy
     rows = [list(b"What?"), list(b"A much longer prompt than the others"), list(b"Mid one")]
     decoder = Decoder(model, tokenizer, rows)
@@ -42,6 +45,23 @@ def test_rows_that_are_dropped_leave_the_others_as_they_were(tiny_policy) -> Non
     decoder.append([list(b" more"), list(b"!")])
     torch.testing.assert_close(decoder.logits[0], fresh_logits(model, list(b"3 more")), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(decoder.logits[1], fresh_logits(model, list(b"one!")), atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_cache_stays_about_as_long_as_its_longest_row(tiny_policy, monkeypatch) -> None:
+    """Rows that write and read in turns would else leave a hole in all the others each time."""
+    monkeypatch.setattr(engine, "HOLES", 8)
+    model, tokenizer = tiny_policy
+    decoder = Decoder(model, tokenizer, [list(b"one"), list(b"two"), list(b"three")])
+    rows = [list(b"one"), list(b"two"), list(b"three")]
+    for turn in range(9):
+        texts = [list(b"a longer text " * (turn % 3 == row)) for row in range(3)]
+        decoder.append(texts)
+        rows = [row + text for row, text in zip(rows, texts, strict=True)]
+    assert decoder._mask.shape[1] <= max(map(len, rows)) + 8 + 14 < 9 * 14
+    assert decoder._cache.layers[0].keys.shape[2] == decoder._mask.shape[1]
+    for row, ids in enumerate(rows):
+        torch.testing.assert_close(decoder.logits[row], fresh_logits(model, ids), atol=1e-5, rtol=1e-5)
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ class BM25Retriever:
     """A `Retriever` over a Lucene index on disk.
 
     Queries are plain text: Anserini's default query generator analyses them into terms, so operators mean nothing.
-    Ties are broken by document id, so the order is the same for any number of threads.
+    In an index built here, ties are broken by document id, so the order is the same for any number of threads.
 
     Args:
         index: a Lucene index (`searche1-lite index` builds one).

@@ -7,6 +7,7 @@ import io
 import shutil
 import ssl
 import tarfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -21,6 +22,12 @@ from searche1_lite.search.progress import SILENT, Progress, megabytes
 _BLOCK = 2**20
 _TIMEOUT = 60.0
 """Seconds without a byte after which the connection counts as broken."""
+_PAUSE = 2.0
+"""Seconds before a broken connection is tried again; as long as each try brings something, there is another."""
+
+
+class _BrokenConnection(UserError):
+    """What came is kept; another try goes on from there."""
 
 
 def download(url: str, part: Path, size: int, md5: str, progress: Progress = SILENT) -> None:
@@ -39,9 +46,15 @@ def download(url: str, part: Path, size: int, md5: str, progress: Progress = SIL
     if have > size:
         part.unlink()
         have = 0
-    if have < size:
-        with full_disk_explained(part.parent):
-            _fetch(url, part, have, size, progress)
+    while have < size:
+        try:
+            with full_disk_explained(part.parent):
+                _fetch(url, part, have, size, progress)
+        except _BrokenConnection:
+            if part.stat().st_size <= have:
+                raise
+            time.sleep(_PAUSE)
+        have = part.stat().st_size
     with part.open("rb") as file, megabytes(progress, f"verify {part.name}", size) as advance:
         digest = hashlib.md5(usedforsecurity=False)
         while data := file.read(_BLOCK):
@@ -74,9 +87,9 @@ def _fetch(url: str, part: Path, have: int, size: int, progress: Progress) -> No
             f"cannot reach {host} ({_reason(error.reason)}); check the connection, and run it again to go on", 1
         ) from error
     except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-        raise UserError(_broken(host, part, size), exit_code=1) from error
+        raise _BrokenConnection(_broken(host, part, size), exit_code=1) from error
     if have < size:
-        raise UserError(_broken(host, part, size), exit_code=1)
+        raise _BrokenConnection(_broken(host, part, size), exit_code=1)
 
 
 def _broken(host: str, part: Path, size: int) -> str:
