@@ -41,6 +41,7 @@ def bench(
     from searche1_lite.doctor import model_shape
     from searche1_lite.measure import measure, save_random_base
     from searche1_lite.memory import plan_memory
+    from searche1_lite.search.index import cache_folder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     own = config is not None
@@ -48,11 +49,12 @@ def bench(
     shape = model_shape(config) if own or device == "cuda" else small_shape()
     plan = plan_memory(config, shape, device)
     memory: dict[str, Any] = {"workload": config.model.name if own else f"standard ({shape.model_type})"}
-    with tempfile.TemporaryDirectory() as scratch:
+    cache_folder().mkdir(parents=True, exist_ok=True)  # /tmp may lie in memory
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         base = Path(scratch) / "base"
         on_part("making random weights")
         save_random_base(shape, base)
-        there = replace(config, model=replace(config.model, name=str(base), revision=None))
+        there = _one_step(config, base)
         for stage in [name for name in STAGES if name in plan.stages]:
             name = _JSON_NAMES[stage]
             on_part(stage)
@@ -67,13 +69,24 @@ def bench(
     return {"machine": _machine(), "memory": memory}
 
 
+def _one_step(config: Config, base: Path) -> Config:
+    """The settings on the base in `base`, with two micro-batches in the one step of each stage."""
+    grpo, ofsd = config.grpo, config.ofsd
+    return replace(
+        config,
+        model=replace(config.model, name=str(base), revision=None),
+        grpo=replace(grpo, steps=1, questions_per_step=1, group_size=2 * grpo.micro_batch_size),
+        ofsd=replace(ofsd, epochs=1, batch_size=2 * ofsd.micro_batch_size),
+    )
+
+
 def standard_workload() -> Config:
     """One trajectory of 4,096 tokens at a time, its prompt 512 of them."""
     return load_config(
         None,
         None,
         [
-            "protocol.max_prompt_tokens=512", "protocol.max_completion_tokens=3584", "engine.batch_size=4",
+            "protocol.max_prompt_tokens=512", "protocol.max_completion_tokens=3584", "engine.batch_size=16",
             "grpo.questions_per_step=1", "grpo.group_size=2", "grpo.micro_batch_size=1", "grpo.steps=1",
             "ofsd.batch_size=1", "ofsd.micro_batch_size=1",
         ],

@@ -192,7 +192,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """What this machine has, and whether a configuration fits it. Example: searche1-lite doctor --gpu-gb 12"""
-    settings, _ = _settings(preset, config, overrides, gpu_gb)
+    settings, _ = _settings(preset, config, overrides, gpu_gb, smallest=True)
     quieten()
     from searche1_lite.doctor import examine
 
@@ -238,9 +238,17 @@ def bench(
 
 
 def _settings(
-    preset: str | None, config: Path | None, overrides: list[str] | None, gpu_gib: float | None = None
+    preset: str | None,
+    config: Path | None,
+    overrides: list[str] | None,
+    gpu_gib: float | None = None,
+    smallest: bool = False,
 ) -> "tuple[Config, str | None]":
-    """The settings and the preset's name; with neither preset nor file, the preset for the GPU here (or `gpu_gib`)."""
+    """The settings and the preset's name; with neither preset nor file, the preset for the GPU here (or `gpu_gib`).
+
+    Args:
+        smallest: without a GPU take the preset for the smallest one, instead of refusing.
+    """
     from searche1_lite.config import default_preset, load_config
 
     settings = load_config(preset, config, overrides or [])  # faults are told before PyTorch is loaded
@@ -251,8 +259,8 @@ def _settings(
 
         if torch.cuda.is_available():
             gpu_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-    preset = default_preset(gpu_gib)
-    _say(f"preset {preset}, by the size of the GPU; --preset names another")
+    preset = default_preset(8 if gpu_gib is None and smallest else gpu_gib)
+    _say(f"preset {preset}, {'by' if gpu_gib else 'without'} the size of the GPU; --preset names another")
     return load_config(preset, None, overrides or []), preset
 
 

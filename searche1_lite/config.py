@@ -197,8 +197,8 @@ def default_preset(gpu_gib: float | None) -> str:
     """
     if gpu_gib is None:
         raise UserError(
-            "no NVIDIA GPU found, and no preset or config given; try --preset demo, which needs none, or name one of: "
-            + ", ".join(preset_names())
+            "no NVIDIA GPU found, and no preset or config given; try --preset demo, which needs none, or name one of "
+            f"{', '.join(preset_names())} (`searche1-lite doctor` tells why a GPU is not seen)"
         )
     # A card's usable memory is a little less than its name says.
     fitting = [size for size in DEFAULT_PRESETS if size <= gpu_gib * 1.06]

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,9 +72,13 @@ def examine(config: Config, gpu_gib: float | None = None) -> dict[str, Any]:
 def _guard(name: str, look: Callable[[Config], tuple[str, str]], config: Config) -> Check:
     try:
         status, detail = look(config)
-    except UserError as error:
-        status, detail = "fail", str(error)
+    except Exception as error:  # a package that is missing or broken fails its check, not the others
+        status, detail = "fail", first_line(error)
     return Check(name, status, detail)  # type: ignore[arg-type]
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _packages(config: Config) -> tuple[str, str]:
@@ -93,8 +98,12 @@ def _gpu(config: Config) -> tuple[str, str]:
     if not torch.cuda.is_available():
         if config.model.name == "demo":
             return "ok", "none; the demo does not need one"
-        built = "" if torch.version.cuda else "; this PyTorch is a CPU build, so it would not see one"
-        return "warn", f"no NVIDIA GPU found: training will be very slow{built}"
+        why = ""
+        if torch.version.cuda is None:
+            why = "; this PyTorch is a CPU build and would not see one: install one with CUDA"
+        elif driver := _driver():
+            why = f"; driver {driver} is there, so it is too old for CUDA {torch.version.cuda}, or the GPU is hidden"
+        return "warn", f"PyTorch sees no NVIDIA GPU, training would be very slow{why}"
     properties = torch.cuda.get_device_properties(0)
     free, total = torch.cuda.mem_get_info(0)
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -137,19 +146,58 @@ def _four_bits(config: Config) -> tuple[str, str]:
     )
 
 
+def _kernels(config: Config) -> tuple[str, str]:
+    """Runs the tiled losses forward and backward: on a GPU, Triton compiles them on first use."""
+    import torch
+
+    from searche1_lite.divergence import divergence
+    from searche1_lite.logprobs import token_logprobs
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    head = torch.nn.Linear(16, 64, bias=False, device=device).requires_grad_(False)
+    hidden = torch.randn(4, 16, device=device, requires_grad=True)
+    try:
+        values, _ = token_logprobs(head, hidden, torch.zeros(4, dtype=torch.long, device=device))
+        (values.sum() + divergence(head, hidden, hidden.detach()).sum()).backward()
+    except Exception as error:  # a missing compiler shows in several ways
+        return "fail", f"the GPU kernels cannot be built: {first_line(error)}; install gcc and Python's headers"
+    return "ok", f"the tiled losses run on the {device}"
+
+
 def _disk(config: Config) -> tuple[str, str]:
+    """Free space where models, indexes and runs go, against what is still to be fetched."""
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    from searche1_lite.model import resolve_model
+    from searche1_lite.search.catalog import bytes_to_fetch
     from searche1_lite.search.index import cache_folder
+    from searche1_lite.search.prebuilt import pyserini_cache
 
-    parts = []
-    for what, folder in (("models", Path(HF_HUB_CACHE)), ("indexes", cache_folder()), ("runs", Path("runs"))):
+    needed = {Path(HF_HUB_CACHE): 0, pyserini_cache(): 0, cache_folder(): 0, Path("runs"): GIB // 2}
+    with suppress(UserError):  # a model that is not to be had is told of by the memory plan
+        source = resolve_model(config.model.name)
+        if not Path(source).is_dir() and not isinstance(try_to_load_from_cache(source, "config.json"), str):
+            from searche1_lite.memory import parameter_count
+
+            needed[Path(HF_HUB_CACHE)] += 2 * parameter_count(model_shape(config))
+    with suppress(UserError):  # and an index by the search's check
+        for place, size in bytes_to_fetch(config.search).items():
+            needed[place] += size
+    by_disk: dict[int, tuple[Path, int, int]] = {}
+    for folder, size in needed.items():
         there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-        parts.append((what, shutil.disk_usage(there).free))
-    detail = ", ".join(f"{free / GIB:.0f} GiB free for {what}" for what, free in parts)
-    if min(free for _, free in parts) < GIB:
-        return "warn", f"{detail}; that is little"
-    return "ok", detail
+        disk = there.stat().st_dev
+        before = by_disk[disk][1] if disk in by_disk else 0
+        by_disk[disk] = (folder, before + size, shutil.disk_usage(there).free)
+    detail = ", ".join(
+        f"{free / GIB:.0f} GiB free on the disk of {folder}, about {size / GIB:.1f} needed"
+        for folder, size, free in by_disk.values()
+    )
+    short = any(size > free for _, size, free in by_disk.values())
+    return ("fail", f"{detail}; make room, or set HF_HOME, PYSERINI_CACHE or SEARCHE1_LITE_CACHE to another disk") if (
+        short
+    ) else ("ok", detail)
 
 
 def _hub(config: Config) -> tuple[str, str]:
@@ -165,8 +213,7 @@ def _hub(config: Config) -> tuple[str, str]:
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
     except Exception as error:  # whatever the HTTP library of this version raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        detail = f"{constants.ENDPOINT} cannot be reached ({reason})"
+        detail = f"{constants.ENDPOINT} cannot be reached ({first_line(error)})"
         return ("ok", f"{detail}; not needed here") if local else ("fail", f"{detail}; check the connection")
     return "ok", f"{constants.ENDPOINT} answers"
 
@@ -182,6 +229,7 @@ _CHECKS: dict[str, Callable[[Config], tuple[str, str]]] = {
     "Java": _java,
     "GPU": _gpu,
     "bitsandbytes": _four_bits,
+    "kernels": _kernels,
     "disk": _disk,
     "hub": _hub,
     "search": _search,
@@ -210,24 +258,29 @@ def model_shape(config: Config) -> "PretrainedConfig":
             raise
         return CONFIG_MAPPING[known["model_type"]](**known)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read the shape of {config.model.name!r}: {reason}", exit_code=1) from error
+        raise UserError(
+            f"cannot read the shape of {config.model.name!r}: {first_line(error)}; give a model saved by transformers",
+            exit_code=1,
+        ) from error
 
 
 def _memory(config: Config, gpu_gib: float | None) -> dict[str, Any]:
     import torch
 
     from searche1_lite.memory import plan_memory
+    from searche1_lite.model import compute_dtype
 
     device: Literal["cuda", "cpu"] = "cuda" if gpu_gib is not None or torch.cuda.is_available() else "cpu"
     if gpu_gib is not None:
         capacity = int(gpu_gib * GIB) - CUDA_RESERVE
     elif device == "cuda":
-        capacity = torch.cuda.mem_get_info(0)[1] - CUDA_RESERVE
+        free, total = torch.cuda.mem_get_info(0)
+        capacity = min(free, total - CUDA_RESERVE)  # what the desktop holds is not free
     else:
         capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     shape = model_shape(config)
-    plan = plan_memory(config, shape, device)
+    here = device == "cuda" and torch.cuda.is_available()
+    plan = plan_memory(config, shape, device, compute_dtype(torch.device("cuda")) if here else None)
     return {
         "device": device,
         "dtype": plan.dtype,
@@ -247,10 +300,10 @@ def advise(config: Config, plan: "MemoryPlan", capacity: int) -> list[str]:
         if peak <= capacity:
             continue
         if stage == "rollout":
-            # All of a row's share goes with it; what is spent on a full prefill stays.
-            rows = config.engine.batch_size
-            per_row = parts["KV cache"] / rows
-            fitting = int(rows - (peak - capacity) / per_row)
+            rows, cache, rest = config.engine.batch_size, parts["KV cache"], parts["activations, logits"]
+            fitting = int(rows - (peak - capacity) / (cache / rows))
+            if fitting < 1:  # where little is cached, most of what a row takes is activations
+                fitting = int(rows * (capacity - peak + cache + rest) / (cache + rest))
             knob = f"engine.batch_size={fitting}" if fitting >= 1 else "a smaller protocol.max_completion_tokens"
         else:
             section = "grpo" if stage == "GRPO step" else "ofsd"
@@ -259,8 +312,6 @@ def advise(config: Config, plan: "MemoryPlan", capacity: int) -> list[str]:
                 knob = "model.gradient_checkpointing=true"
             elif size > 1:
                 knob = f"{section}.micro_batch_size={max(d for d in range(1, size) if size % d == 0)}"
-            elif section == "ofsd" and config.ofsd.reference_documents:
-                knob = "ofsd.reference_documents=false"
             else:
                 knob = "a smaller protocol.max_completion_tokens"
         advice.append(f"{stage}: {peak / GIB:.1f} GiB are more than {capacity / GIB:.1f}; try {knob}")

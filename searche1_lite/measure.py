@@ -45,37 +45,57 @@ def measure(stage: str, config: Config, *, dense: bool = False, cap_gb: float | 
         UserError: if the process failed otherwise.
     """
     request = {"stage": stage, "config": dump_config(config), "dense": dense, "cap_gb": cap_gb}
+    answer = _child(json.dumps(request), f"measuring the {stage}")
+    return {"peak_bytes": None, "seconds": None} if answer is None else json.loads(answer)
+
+
+def _child(request: str, what: str) -> str | None:
+    """The last line that a process of its own prints for this request; None if it ran out of memory."""
     # Freed memory goes back to the system at once, so that resident memory follows what is alive.
     quiet = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
     child = subprocess.run(
         [sys.executable, "-m", "searche1_lite.measure"],
-        input=json.dumps(request),
+        input=request,
         capture_output=True,
         text=True,
         env=os.environ | quiet,
     )
     if child.returncode != 0:
         if child.returncode == -9 or "out of memory" in child.stderr.lower() or "can't allocate" in child.stderr:
-            return {"peak_bytes": None, "seconds": None}
+            return None
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"measuring the {stage} failed: {last}", exit_code=1)
-    return json.loads(child.stdout.strip().splitlines()[-1])
+        raise UserError(f"{what} failed: {last}", exit_code=1)
+    return (child.stdout.strip().splitlines() or [""])[-1]
 
 
 def save_random_base(shape: "PretrainedConfig", folder: Path) -> None:
-    """A base model of this shape with random weights, and the demo's tokenizer: fit for memory and speed, no more."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    """A base model of this shape with random weights, and the demo's tokenizer: fit for memory and speed, no more.
 
-    from searche1_lite.model import compute_dtype, resolve_model
+    Made in a process of its own, so that on a GPU its memory is free again afterwards.
+
+    Raises:
+        UserError: if it cannot be made or saved.
+    """
+    from searche1_lite.model import resolve_model
+
+    shape.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(resolve_model("demo")) / name, folder)
+    request = json.dumps({"stage": "random weights", "folder": str(folder)})
+    _child(request, "making random weights")
+
+
+def _make_weights(folder: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from searche1_lite.model import compute_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(shape, dtype=compute_dtype(device))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=compute_dtype(device))
     model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(resolve_model("demo")) / name, folder)
 
 
 def _trajectory(config: Config, vocabulary: int, question: int, sample: int) -> "Trajectory":
@@ -159,15 +179,24 @@ def _decode(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Co
     import torch
 
     from searche1_lite.engine import Decoder
+    from searche1_lite.memory import widest_piece
     from searche1_lite.model import compute_context
 
     vocabulary, rows = model.get_input_embeddings().weight.shape[0], config.engine.batch_size
     episodes = [_trajectory(config, vocabulary, row, 0) for row in range(rows)]
-    written = 4
-    with torch.inference_mode(), compute_context(model):
-        decoder = Decoder(model, tokenizer, [episode.prompt_ids for episode in episodes])
-        decoder.append([episode.completion_ids[:-written] for episode in episodes])
-        decoder.sample_turn([written] * rows, config.engine.temperature, None)
+    written, was_training = 4, model.training
+    model.eval()  # as in a rollout; in training mode, gradient checkpointing would leave the cache out
+    try:
+        with torch.inference_mode(), compute_context(model):
+            decoder = Decoder(model, tokenizer, [episode.prompt_ids for episode in episodes])
+            # Every other row reads its last piece of text when the rest has read all: the cache is at its longest.
+            early = max(0, config.protocol.max_completion_tokens - written - widest_piece(config))
+            texts = [episode.completion_ids[:-written] for episode in episodes]
+            decoder.append([ids[:early] if row % 2 else ids for row, ids in enumerate(texts)])
+            decoder.append([ids[early:] if row % 2 else [] for row, ids in enumerate(texts)])
+            decoder.sample_turn([written] * rows, config.engine.temperature, None)
+    finally:
+        model.train(was_training)
 
 
 def _grpo_step(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Config, folder: Path) -> None:
@@ -219,13 +248,21 @@ def _dense_step(model: "PeftModel", config: Config, stage: str) -> None:
     grpo = stage == "GRPO step"
     rows = config.grpo.micro_batch_size if grpo else config.ofsd.micro_batch_size
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    episodes = [_trajectory(config, vocabulary, row, row % 2) for row in range(rows)]
+    if grpo:
+        size = config.grpo.group_size
+        episodes = references = [_trajectory(config, vocabulary, row // size, row % size) for row in range(rows)]
+    else:
+        pairs = _pairs(model, config)[:rows]
+        episodes, references = [pair.student for pair in pairs], [pair.reference for pair in pairs]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     prompt, completion = config.protocol.max_prompt_tokens, config.protocol.max_completion_tokens
     own = torch.tensor([e.prompt_ids + e.completion_ids for e in episodes], device=model.device)
     mask = torch.tensor([e.loss_mask for e in episodes], device=model.device)
-    # The teacher's prompt shows a whole completion more.
-    shown = torch.tensor([e.prompt_ids + e.completion_ids + e.completion_ids for e in episodes], device=model.device)
+    # The teacher's prompt shows the reference's completion too.
+    shown = torch.tensor(
+        [e.prompt_ids + r.completion_ids + e.completion_ids for e, r in zip(episodes, references, strict=True)],
+        device=model.device,
+    )
 
     def logprobs(ids: torch.Tensor) -> torch.Tensor:
         with compute_context(model):
@@ -293,6 +330,8 @@ def _main() -> None:
 
     quieten()
     request = json.load(sys.stdin)
+    if request["stage"] == "random weights":
+        return _make_weights(Path(request["folder"]))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "config.yaml").write_text(request["config"], encoding="utf-8")

@@ -25,7 +25,7 @@ from trl.kernels import chunked_divergence, chunked_logprob
 
 from searche1_lite.config import Config, ModelConfig
 from searche1_lite.divergence import divergence
-from searche1_lite.engine import PREFILL_TOKENS, pick_tokens
+from searche1_lite.engine import HOLES, PREFILL_TOKENS, pick_tokens
 from searche1_lite.logprobs import completion_hidden, token_logprobs
 from searche1_lite.model import compute_context, lora_config
 
@@ -106,7 +106,7 @@ class _FourBitLinear(torch.nn.Linear):
 
 def nf4_bytes(weights: int) -> int:
     """NF4 with double quantisation: half a byte a weight, a byte per 64 and four bytes per 16,384 for the scales."""
-    return weights // 2 + weights // 64 + weights // 64 // 256 * 4
+    return -(-weights // 2) + -(-weights // 64) + -(-weights // (64 * 256)) * 4
 
 
 def _skeleton(shape: PretrainedConfig, config: ModelConfig, dtype: torch.dtype, layers: int | None) -> PeftModel:
@@ -115,8 +115,8 @@ def _skeleton(shape: PretrainedConfig, config: ModelConfig, dtype: torch.dtype, 
     text = shape.get_text_config()
     if layers is not None:
         text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
+        if kinds := getattr(text, "layer_types", None):
+            text.layer_types = [kinds[layer % len(kinds)] for layer in range(layers)]
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(shape, dtype=dtype)
         return get_peft_model(base, lora_config(config), low_cpu_mem_usage=True)
@@ -166,7 +166,7 @@ def _rollout_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tenso
     model.eval()  # in training mode, gradient checkpointing would leave the cache out
     base, rows = model.get_base_model(), config.engine.batch_size
     text = base.config.get_text_config()
-    length = config.protocol.max_prompt_tokens + config.protocol.max_completion_tokens
+    length = _cache_columns(config)
     piece = min(length, max(1, PREFILL_TOKENS // rows))
     heads = text.num_key_value_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -200,19 +200,26 @@ def _grpo_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tensor]]
     values.sum().backward()
 
 
-def _ofsd_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tensor]]:
-    """One micro-batch of pairs: the teacher's pass with a full-length reference, the student's, and back."""
+def _teacher_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tensor]]:
+    """The teacher's pass over a micro-batch of pairs, each with a full-length reference in its prompt."""
     stage, protocol = config.ofsd, config.protocol
-    inputs = _head_inputs(config, stage.micro_batch_size, protocol.max_prompt_tokens)
     shown = protocol.max_completion_tokens if stage.teacher_prompt != "plain" else 0
     if not stage.reference_documents:
         shown = min(shown, protocol.max_turn_tokens * (protocol.max_searches + 1 + protocol.max_invalid_turns))
-    longer = _head_inputs(config, stage.micro_batch_size, protocol.max_prompt_tokens + shown)
+    inputs = _head_inputs(config, stage.micro_batch_size, protocol.max_prompt_tokens + shown)
     yield []
+    with torch.no_grad():
+        completion_hidden(model, *inputs).flatten(0, 1).clone()
+
+
+def _student_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tensor]]:
+    """The student's pass over a micro-batch of pairs, beside the teacher's hidden states, and back."""
+    stage = config.ofsd
+    inputs = _head_inputs(config, stage.micro_batch_size, config.protocol.max_prompt_tokens)
     head, teacher = model.get_output_embeddings(), None
     if stage.objective == "distill":
-        with torch.no_grad():
-            teacher = completion_hidden(model, *longer).flatten(0, 1).clone()
+        teacher = torch.empty((inputs[2].numel(), head.weight.shape[1]), dtype=head.weight.dtype)
+    yield [] if teacher is None else [teacher]
     student = completion_hidden(model, *inputs).flatten(0, 1).clone()
     with compute_context(model):
         if teacher is None:
@@ -246,7 +253,10 @@ def _peak(run: Pass, shape: PretrainedConfig, config: Config, dtype: torch.dtype
 
 @contextmanager
 def _kernels_of(device: Device) -> Iterator[None]:
-    """On a GPU a Triton kernel folds each tile of logits in place; the same in PyTorch, for a CPU, makes copies."""
+    """On a GPU a Triton kernel folds each tile of logits in place; the same in PyTorch, for a CPU, makes copies.
+
+    A copy of a tile of the head in fp32 is still counted there, though a GPU's matrix product needs none.
+    """
     places = {
         chunked_logprob: ("_forward_tile", "_backward_tile"),
         chunked_divergence: ("_stats_tile", "_jsd_tile", "_backward_tile"),
@@ -262,15 +272,25 @@ def _kernels_of(device: Device) -> Iterator[None]:
             setattr(module, name, function)
 
 
-def plan_memory(config: Config, shape: PretrainedConfig, device: Device) -> MemoryPlan:
+def parameter_count(shape: PretrainedConfig) -> int:
+    """Parameters of the base model, tied ones once."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(shape).parameters())
+
+
+def plan_memory(
+    config: Config, shape: PretrainedConfig, device: Device, dtype: torch.dtype | None = None
+) -> MemoryPlan:
     """The memory that each stage of a round needs at its worst moment.
 
     Args:
         config: the run's settings.
         shape: the base model's configuration.
-        device: `cuda` (bf16) or `cpu` (fp32).
+        device: `cuda` or `cpu`.
+        dtype: the compute dtype; default: bf16 on `cuda`, fp32 on `cpu`.
     """
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if dtype is None:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
     whole = _skeleton(shape, config.model, dtype, None)
     quantized = {id(module.weight) for module in _quantized(whole)} if config.model.quantization == "nf4" else set()
     weights = adapter = 0
@@ -299,14 +319,29 @@ def plan_memory(config: Config, shape: PretrainedConfig, device: Device) -> Memo
     if config.ofsd.enabled:
         frozen = adapter if (config.ofsd.teacher, config.ofsd.objective) == ("snapshot", "distill") else 0
         fixed = fixed | {"frozen adapter": frozen}
-        stages["OFSD step"] = fixed | gradients | optimizer | {"activations, loss": measure(_ofsd_pass)}
+        # Each by itself: the student's grows with the layers, so that the larger one of few need not be that of many.
+        passes = [_student_pass] + ([_teacher_pass] if config.ofsd.objective == "distill" else [])
+        worst = max(measure(run) for run in passes)
+        stages["OFSD step"] = fixed | gradients | optimizer | {"activations, loss": worst}
     return MemoryPlan(device, str(dtype).removeprefix("torch."), stages)
+
+
+def widest_piece(config: Config) -> int:
+    """The longest piece of text, in tokens, that one row can write or read while the others wait."""
+    protocol = config.protocol
+    piece = max(protocol.max_turn_tokens, config.search.k * protocol.max_document_tokens)
+    return min(piece, protocol.max_completion_tokens)
+
+
+def _cache_columns(config: Config) -> int:
+    """The longest that the cache can get: a full-length row, the holes let be, and another row's last piece."""
+    return config.protocol.max_prompt_tokens + config.protocol.max_completion_tokens + HOLES + widest_piece(config)
 
 
 def _cache_bytes(config: Config, shape: PretrainedConfig, dtype: torch.dtype) -> int:
     """Keys and values of a full batch of full-length episodes."""
     text = shape.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    length = config.protocol.max_prompt_tokens + config.protocol.max_completion_tokens
+    length = _cache_columns(config)
     entries = 2 * text.num_hidden_layers * text.num_key_value_heads * width
     return config.engine.batch_size * length * entries * dtype.itemsize

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "jnius", "pyserini", "numpy"}
-COMMANDS = ["train", "eval", "ask", "index"]
+COMMANDS = ["train", "eval", "ask", "index", "doctor", "bench"]
 QUESTION = '{"id": "q1", "question": "What is the capital of Peru?", "golden_answers": ["Lima"]}\n'
 ANOTHER = '{"id": "q2", "question": "What is the capital of Ecuador?", "golden_answers": ["Quito"]}\n'
 PASSAGE = '{"id": "a", "contents": "Lima\\nLima is the capital of Peru."}\n'
@@ -106,6 +106,11 @@ def test_help_loads_nothing_heavy(tmp_path: Path, words: list[str]) -> None:
         ("eval --config twice.yaml", "twice.yaml:2: not valid YAML (key 'seed' stands twice)"),
         ("train --preset huge", "no preset 'huge'; there are: "),
         ("ask Who? --preset huge", "no preset 'huge'; there are: "),
+        ("doctor --preset huge", "no preset 'huge'; there are: "),
+        ("doctor grpo.step=3", "unknown config key grpo.step; did you mean grpo.steps?"),
+        ("doctor --gpu-gb 6", "the GPU has 6.0 GiB, and no preset is made for less than 8; give one with --preset"),
+        ("bench --config missing.yaml", "cannot read the config missing.yaml"),
+        ("bench grpo.clip=-1", "grpo.clip=-1 is impossible"),
     ],
 )
 def test_a_bad_setting_is_refused_in_one_line(desk: Path, words: str, message: str) -> None:
@@ -139,6 +144,16 @@ def test_a_bad_file_or_folder_is_refused_in_one_line(desk: Path, words: str, mes
     assert refusal(desk, *words.split()).startswith(message)
 
 
+@pytest.mark.parametrize("words", ["train", "train grpo.steps=3", "doctor"])
+def test_without_a_gpu_a_preset_must_be_named(desk: Path, words: str) -> None:
+    before = tree(desk)
+    shown = console(desk, *words.split(), CUDA_VISIBLE_DEVICES="")
+    assert shown.code == 2 and shown.stdout == "" and shown.stderr.count("\n") == 1
+    assert shown.stderr.startswith("error: no NVIDIA GPU found, and no preset or config given; try --preset demo")
+    assert "qwen2.5-3b-8gb" in shown.stderr and tree(desk) == before
+    assert not shown.imported & (HEAVY - {"torch", "numpy"}), "only what can see a GPU is loaded"
+
+
 @pytest.mark.parametrize("question", ["", "  \t"])
 def test_an_empty_question_is_refused_in_one_line(desk: Path, question: str) -> None:
     assert refusal(desk, "ask", question, "--preset", "demo").startswith("the question is empty")
@@ -168,6 +183,8 @@ def test_a_name_with_a_line_break_still_gives_one_line(desk: Path) -> None:
         ("eval --limit -1", "--limit"),
         ("ask", "question"),
         ("index corpus.jsonl", "--out"),
+        ("doctor --gpu-gb 0", "--gpu-gb"),
+        ("bench --cap-gb little", "--cap-gb"),
         ("learn", "learn"),
     ],
 )

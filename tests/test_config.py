@@ -1,5 +1,6 @@
 """Settings: merged in one order, strict about keys and values, and written so that they read back the same."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from searche1_lite.config import (
+    DEFAULT_PRESETS,
     PRESETS,
     Config,
     ProtocolConfig,
+    default_preset,
     dump_config,
     flatten,
     load_config,
@@ -233,6 +236,44 @@ def test_every_shipped_preset_loads_and_round_trips(name: str, tmp_path: Path) -
     config = load_config(name)
     assert load_config(file=PRESETS / f"{name}.yaml") == config
     assert load_config(file=write(tmp_path / "config.yaml", dump_config(config))) == config
+
+
+def test_each_card_that_has_a_preset_has_one_that_is_shipped_and_no_other_is() -> None:
+    assert sorted(["demo", *DEFAULT_PRESETS.values()]) == preset_names()
+
+
+@pytest.mark.parametrize(("size", "name"), DEFAULT_PRESETS.items())
+def test_a_cards_preset_takes_search_r1s_4096_tokens_and_says_which_card_it_is_for(size: int, name: str) -> None:
+    protocol = load_config(name).protocol
+    assert protocol.max_prompt_tokens + protocol.max_completion_tokens == 4096
+    head = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8").partition("\nseed:")[0]
+    assert f"{size} GB" in head and f"--preset {name}`" in head
+
+
+def test_larger_cards_presets_do_the_same_faster() -> None:
+    configs = [load_config(DEFAULT_PRESETS[size]) for size in sorted(DEFAULT_PRESETS)]
+    for smaller, larger in itertools.pairwise(configs):
+        assert smaller.engine.batch_size < larger.engine.batch_size
+        assert smaller.grpo.micro_batch_size <= larger.grpo.micro_batch_size
+        differing = {key for key, value in flatten(smaller).items() if flatten(larger)[key] != value}
+        adapter = {"model.lora_rank", "model.lora_alpha"}
+        assert differing <= {"engine.batch_size", "grpo.micro_batch_size", "ofsd.micro_batch_size"} | adapter
+
+
+@pytest.mark.parametrize(
+    ("gib", "size"),
+    [(7.6, 8), (8.0, 8), (10.9, 8), (11.6, 12), (12.0, 12), (14.7, 12), (15.6, 16), (23.5, 24), (24.0, 24), (79.1, 24)],
+)
+def test_a_gpu_gets_the_preset_of_the_largest_card_that_it_can_pass_for(gib: float, size: int) -> None:
+    assert default_preset(gib) == DEFAULT_PRESETS[size]
+
+
+@pytest.mark.parametrize(("gib", "message"), [(None, "try --preset demo"), (5.8, "the GPU has 5.8 GiB")])
+def test_without_a_gpu_that_will_do_no_preset_is_chosen(gib: float | None, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        default_preset(gib)
+    assert caught.value.exit_code == 2 and message in str(caught.value) and "--preset" in str(caught.value)
+    assert gib is not None or all(name in str(caught.value) for name in preset_names())
 
 
 def test_a_dumped_config_holds_every_setting_and_reads_back_the_same(tmp_path: Path) -> None:

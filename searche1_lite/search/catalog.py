@@ -9,11 +9,11 @@ from searche1_lite.errors import UserError
 from searche1_lite.search.base import Retriever
 from searche1_lite.search.bm25 import BM25Retriever, is_lucene_index
 from searche1_lite.search.index import cache_folder, ensure_index
-from searche1_lite.search.prebuilt import fetch_prebuilt, find_prebuilt
+from searche1_lite.search.prebuilt import UNPACKED, fetch_prebuilt, find_prebuilt
 from searche1_lite.search.progress import SILENT, Progress, say_on_stderr
 from searche1_lite.search.store import JsonlStore
+from searche1_lite.search.wiki18 import INDEX_SIZE, PACKED_SIZE, UNPACKED_SIZE, fetch_wiki18
 from searche1_lite.search.wiki18 import NAME as WIKI18
-from searche1_lite.search.wiki18 import fetch_wiki18
 
 
 def needs_yes(what: str) -> bool:
@@ -64,11 +64,16 @@ def _find_index(
     folder = Path(name)
     if is_lucene_index(folder):
         return folder, corpus
-    if folder.exists() or os.sep in name or name.startswith("."):
-        raise UserError(f"no Lucene index at {folder}; build one with `searche1-lite index CORPUS --out DIR`")
+    _refuse_path(name)
     if name == WIKI18:
         return fetch_wiki18(corpus, cache_folder(), confirm)
     return fetch_prebuilt(find_prebuilt(name, (WIKI18,)), confirm, progress), corpus
+
+
+def _refuse_path(name: str) -> None:
+    """Raises UserError for what can be no name, or is a folder without an index."""
+    if Path(name).exists() or os.sep in name or name.startswith("."):
+        raise UserError(f"no Lucene index at {name}; build one with `searche1-lite index CORPUS --out DIR`")
 
 
 def _demo_corpus() -> Path:
@@ -103,6 +108,7 @@ def describe_source(config: SearchConfig) -> tuple[str, str]:
         return "ok", f"{config.corpus}; its index is built on first use, in {cache_folder()}"
     if is_lucene_index(Path(config.index)):
         return "ok", f"the index in {config.index}"
+    _refuse_path(config.index)
     if config.index == WIKI18:
         if (cache_folder() / f"{WIKI18}.json").is_file():
             return "ok", f"{WIKI18}, fetched before"
@@ -111,3 +117,21 @@ def describe_source(config: SearchConfig) -> tuple[str, str]:
     if found.folder.is_dir():
         return "ok", f"{found.name}, in {found.folder}"
     return "warn", f"{found.name} is going to be fetched on first use, {found.size / 1e9:.1f} GB packed"
+
+
+def bytes_to_fetch(config: SearchConfig) -> dict[Path, int]:
+    """What `open_retriever` would download and unpack, by the cache it goes to; empty if all is there.
+
+    Raises:
+        UserError: for a name that Pyserini does not know.
+    """
+    if config.index is None or Path(config.index).exists():
+        return {}
+    if config.index == WIKI18:
+        if (cache_folder() / f"{WIKI18}.json").is_file():
+            return {}
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        return {Path(HF_HUB_CACHE): INDEX_SIZE + PACKED_SIZE, cache_folder(): UNPACKED_SIZE}
+    found = find_prebuilt(config.index, (WIKI18,))
+    return {} if found.folder.is_dir() else {found.folder.parent: int(found.size * (1 + UNPACKED))}

@@ -18,7 +18,7 @@ from searche1_lite.search.download import download, megabytes_of, unpack
 from searche1_lite.search.jvm import start_jvm
 from searche1_lite.search.progress import Progress
 
-_UNPACKED = 1.5
+UNPACKED = 1.5
 """Size of an unpacked index over that of its archive, assumed."""
 
 
@@ -71,7 +71,7 @@ def fetch_prebuilt(index: PrebuiltIndex, confirm: Callable[[str], bool], progres
     place = index.folder.parent
     part = place / f"{index.folder.name}.tar.gz.part"
     have = part.stat().st_size if part.is_file() else 0
-    to_unpack = int(index.size * _UNPACKED)
+    to_unpack = int(index.size * UNPACKED)
     need_room(place, index.size - have + to_unpack)
     left = f", of which {megabytes_of(have)} are there already" if have else ""
     what = f"downloading the index {index.name} takes {megabytes_of(index.size)}{left}"
