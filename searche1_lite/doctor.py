@@ -300,7 +300,7 @@ def advise(config: Config, plan: "MemoryPlan", capacity: int) -> list[str]:
         if peak <= capacity:
             continue
         if stage == "rollout":
-            rows, cache, rest = config.engine.batch_size, parts["KV cache"], parts["activations, logits"]
+            rows, cache, rest = config.engine.batch_size, parts["KV cache"], parts.get("activations, logits", 0)
             fitting = int(rows - (peak - capacity) / (cache / rows))
             if fitting < 1:  # where little is cached, most of what a row takes is activations
                 fitting = int(rows * (capacity - peak + cache + rest) / (cache + rest))

@@ -83,7 +83,7 @@ def test_the_demo_needs_nothing_that_is_not_here(offline: None) -> None:
     [
         (["search.corpus=missing.jsonl"], "search", "no corpus at missing.jsonl"),
         (["search.corpus=null"], "search", "nothing to search is set"),
-        (["search.index=./missing"], "search", "no index './missing'"),
+        (["search.index=./missing"], "search", "no Lucene index at ./missing"),
         (["model.name=./missing"], "memory plan", "model.name='./missing': no such folder"),
     ],
 )

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +22,13 @@ from searche1_lite.console import RichTasks
 from searche1_lite.evaluate import evaluate
 from searche1_lite.evolve import Run, run
 from searche1_lite.ofsd import Pair, kl_diagnostics, train_ofsd
-from searche1_lite.reward import exact_match, normalize_answer
+from searche1_lite.reward import exact_match
 from searche1_lite.trajectory import Question, Search, Trajectory, Turn
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "countries"
 SPLITS = ("train", "dev", "evaluation")
+TELLING = {"CAF-demonym-1", "CZE-demonym-1"}
+"""The only questions whose own words hold the answer: Central African and Czech people."""
 
 
 def load_builder() -> ModuleType:
@@ -49,7 +52,7 @@ def built(builder: ModuleType) -> dict[str, list[dict]]:
 
 def test_every_split_has_questions_of_one_and_of_two_hops(built: dict[str, list[dict]]) -> None:
     assert len(built["corpus"]) > 400 and len({row["id"] for row in built["corpus"]}) == len(built["corpus"])
-    assert [len(built[name]) > least for name, least in zip(SPLITS, (1000, 250, 450), strict=True)] == [True] * 3
+    assert [len(built[name]) > least for name, least in zip(SPLITS, (800, 200, 350), strict=True)] == [True] * 3
     for name in SPLITS:
         hops = [row["metadata"]["hops"] for row in built[name]]
         assert set(hops) == {1, 2} and 0.3 < hops.count(2) / len(hops) < 0.5
@@ -77,11 +80,12 @@ def test_each_answer_stands_in_the_last_passage_needed_and_each_passage_leads_to
         assert len(needed) == row["metadata"]["hops"]
         assert row["golden_answers"] == list(dict.fromkeys(row["golden_answers"])) and all(row["golden_answers"])
         assert row["golden_answers"][0] in needed[-1], "the first answer is the corpus's own wording"
-        assert normalize_answer(row["golden_answers"][0]) not in normalize_answer(row["question"]).split()
+        told = re.search(rf"\b{re.escape(row['golden_answers'][0])}\b", row["question"])
+        assert not told or row["id"] in TELLING
         if len(needed) == 2:
             country = needed[1].partition(":")[0]
             assert country in needed[0] and country not in row["question"], "the country is found by the first passage"
-            capital = row["question"].partition("capital is ")[2].rstrip("?")
+            capital = row["question"].partition("capital is ")[2].removesuffix("?").removesuffix(" called")
             assert capital in needed[0] and capital not in needed[1]
 
 
@@ -202,10 +206,10 @@ def test_a_round_in_miniature_runs_and_only_a_spread_of_rewards_moves_the_adapte
 
 
 def test_the_examples_in_the_prompt_are_enough_for_the_base_to_search_and_read(work: Run) -> None:
-    result = ask(work, OTHER.question)
+    result = ask(work, "What is the calling code of Peru?")
     assert result["searches"] and result["stopped"] == "answer"
     assert "Peru" in result["searches"][0]["query"] and result["searches"][0]["passages"][0]["id"] == "PER-codes"
-    assert result["answer"] == "PEN"
+    assert result["answer"] == "51"
 
 
 def test_distillation_moves_the_adapter_towards_the_teacher_and_leaves_the_base(work: Run, tmp_path: Path) -> None:
