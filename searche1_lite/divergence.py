@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from searche1_lite.logprobs import TOKENS_PER_TILE
+from searche1_lite.errors import UserError
+from searche1_lite.logprobs import TOKENS_PER_TILE, token_logprobs
 
 _TOKENS_PER_CHUNK = 128
 """Of a truncated divergence; 128 tokens of Qwen's vocabulary are 78 MB of fp32 logits."""
@@ -84,3 +85,23 @@ def _with_tail(logprobs: torch.Tensor) -> torch.Tensor:
     """(N, k) -> (N, k + 1): the last entry is the log-probability of all that is left out."""
     kept = logprobs.exp().sum(dim=-1, keepdim=True).clamp(max=1 - 1e-6)
     return torch.cat([logprobs, torch.log1p(-kept)], dim=-1)
+
+
+def try_losses(device: str | torch.device) -> None:
+    """Runs the tiled losses once, forward and backward: on a GPU, Triton compiles them on first use.
+
+    Raises:
+        UserError: if that fails, as it does without a C compiler.
+    """
+    # Not initialised at random: nobody's random state may notice.
+    head = torch.nn.utils.skip_init(torch.nn.Linear, 16, 64, bias=False, device=device).requires_grad_(False)
+    head.weight.fill_(0.1)
+    hidden = torch.ones(4, 16, device=device, requires_grad=True)
+    try:
+        values, _ = token_logprobs(head, hidden, torch.zeros(4, dtype=torch.long, device=device))
+        (values.sum() + divergence(head, hidden, hidden.detach()).sum()).backward()
+    except Exception as error:  # a compiler or a header that is missing shows in several ways
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the GPU kernels of the losses cannot be built: {reason}; install gcc and Python's headers", exit_code=1
+        ) from error

@@ -147,20 +147,12 @@ def _four_bits(config: Config) -> tuple[str, str]:
 
 
 def _kernels(config: Config) -> tuple[str, str]:
-    """Runs the tiled losses forward and backward: on a GPU, Triton compiles them on first use."""
     import torch
 
-    from searche1_lite.divergence import divergence
-    from searche1_lite.logprobs import token_logprobs
+    from searche1_lite.divergence import try_losses
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    head = torch.nn.Linear(16, 64, bias=False, device=device).requires_grad_(False)
-    hidden = torch.randn(4, 16, device=device, requires_grad=True)
-    try:
-        values, _ = token_logprobs(head, hidden, torch.zeros(4, dtype=torch.long, device=device))
-        (values.sum() + divergence(head, hidden, hidden.detach()).sum()).backward()
-    except Exception as error:  # a missing compiler shows in several ways
-        return "fail", f"the GPU kernels cannot be built: {first_line(error)}; install gcc and Python's headers"
+    try_losses(device)
     return "ok", f"the tiled losses run on the {device}"
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from searche1_lite.benchmarks import load_run_questions
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config
+from searche1_lite.divergence import try_losses
 from searche1_lite.evaluate import evaluate
 from searche1_lite.grpo import train_grpo
 from searche1_lite.model import load_adapter_weights, load_policy
@@ -87,6 +88,7 @@ def run(
     train_questions, test_questions = questions or load_run_questions(config)
     work = Run(config, progress)
     work.protocol.check_prompts([*train_questions, *test_questions])
+    try_losses(work.model.device)  # now, not after the first hour of rollouts
     folder.start()
     summary: dict[str, Any] = {
         "seed": config.seed,
