@@ -158,7 +158,9 @@ class Protocol:
 
     def reference_ids(self, reference: Trajectory, with_documents: bool = True) -> list[int]:
         """A trajectory as it is shown to the teacher: its own ids, special tokens dropped, documents on request."""
-        special = frozenset(self.tokenizer.all_special_ids)
+        # Some tokenizers list only their named ones; those that were added as special count too.
+        added = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special = added | set(self.tokenizer.all_special_ids)
         return [
             index
             for index, by_model in zip(reference.completion_ids, reference.loss_mask, strict=True)

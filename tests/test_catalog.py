@@ -91,7 +91,7 @@ def test_a_path_without_an_index_is_not_taken_for_a_name(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     Path("file.txt").touch()
-    with pytest.raises(UserError, match=rf"^no Lucene index at {re.escape(str(Path(name)))}; build one with"):
+    with pytest.raises(UserError, match=rf"^no Lucene index at {re.escape(name)}; build one with"):
         open_retriever(SearchConfig(index=name))
 
 

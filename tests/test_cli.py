@@ -144,7 +144,7 @@ def test_a_bad_file_or_folder_is_refused_in_one_line(desk: Path, words: str, mes
     assert refusal(desk, *words.split()).startswith(message)
 
 
-@pytest.mark.parametrize("words", ["train", "train grpo.steps=3", "doctor"])
+@pytest.mark.parametrize("words", ["train", "train grpo.steps=3", "eval", "ask Who?"])
 def test_without_a_gpu_a_preset_must_be_named(desk: Path, words: str) -> None:
     before = tree(desk)
     shown = console(desk, *words.split(), CUDA_VISIBLE_DEVICES="")
@@ -152,6 +152,16 @@ def test_without_a_gpu_a_preset_must_be_named(desk: Path, words: str) -> None:
     assert shown.stderr.startswith("error: no NVIDIA GPU found, and no preset or config given; try --preset demo")
     assert "qwen2.5-3b-8gb" in shown.stderr and tree(desk) == before
     assert not shown.imported & (HEAVY - {"torch", "numpy"}), "only what can see a GPU is loaded"
+
+
+def test_doctor_without_a_gpu_tells_why_none_is_seen_and_plans_for_the_smallest(desk: Path) -> None:
+    shown = console(desk, "doctor", "--json", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
+    assert "preset qwen2.5-3b-8gb" in shown.stderr
+    found = json.loads(shown.stdout)
+    gpu = next(check for check in found["checks"] if check["name"] == "GPU")
+    assert gpu["status"] == "warn" and "PyTorch sees no NVIDIA GPU" in gpu["detail"]
+    assert found["memory"]["stages"].keys() == {"rollout", "GRPO step", "OFSD step"}
+    assert shown.code == (0 if found["ok"] else 1)
 
 
 @pytest.mark.parametrize("question", ["", "  \t"])
@@ -253,3 +263,29 @@ def test_eval_prints_one_json_object_and_nothing_else_on_stdout(desk: Path, tiny
     assert result["n"] == 1 and result["data"] == "good.jsonl" and result["adapter"] is None
     assert result["model"] == str(tiny_policy_folder) and result["retriever"].startswith("bm25")
     assert {"em", "em_ci95", "f1", "searches_per_question", "no_search_rate"} <= result.keys()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')", "the GPU's memory ran out; "),
+        ("RuntimeError('CUDA error: no kernel image is there\\nmore')", "the GPU failed: CUDA error: no kernel"),
+    ],
+)
+def test_a_gpu_that_fails_is_told_in_one_line(tmp_path: Path, error: str, message: str) -> None:
+    program = f"""
+import torch
+from searche1_lite import cli
+def fail(): raise {error}
+cli.app = fail
+cli.main()
+"""
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert shown.returncode == 1 and shown.stdout == "" and shown.stderr.count("\n") == 1
+    assert shown.stderr.startswith(f"error: {message}") and "doctor" in shown.stderr
+
+
+@pytest.mark.parametrize("environment", [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}])
+def test_a_run_on_several_gpus_is_refused(desk: Path, environment: dict[str, str]) -> None:
+    shown = console(desk, "train", "--preset", "demo", "--out", "new", **environment)
+    assert shown.code == 2 and shown.stderr.startswith("error: a run is for one GPU") and not (desk / "new").exists()

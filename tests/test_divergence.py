@@ -6,7 +6,9 @@ import pytest
 import torch
 from conftest import dense_divergence
 
-from searche1_lite.divergence import divergence
+from searche1_lite import divergence as divergence_module
+from searche1_lite.divergence import divergence, try_losses
+from searche1_lite.errors import UserError
 
 VOCABULARY, WIDTH = 150, 24
 
@@ -88,3 +90,17 @@ def test_equal_distributions_have_no_divergence_and_no_gradient(settings: dict[s
     values = divergence(head, hidden, hidden.detach(), **settings)
     values.sum().backward()
     assert values.abs().max() < 1e-6 and hidden.grad.abs().max() < 1e-6
+
+
+def test_kernels_that_cannot_be_built_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_rng_state()
+    try_losses("cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+    def no_compiler(*args: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable")
+
+    monkeypatch.setattr(divergence_module, "token_logprobs", no_compiler)
+    with pytest.raises(UserError, match=r"Failed to find C compiler\.; install gcc") as caught:
+        try_losses("cpu")
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 1

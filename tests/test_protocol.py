@@ -66,6 +66,17 @@ def test_an_added_token_without_brackets_cannot_come_from_a_document() -> None:
     assert tokenizer.convert_tokens_to_ids("[INST]") not in ids and tokenizer.decode(ids) == "a [INST] b"
 
 
+def test_no_chat_marker_of_the_reference_reaches_the_privileged_prompt() -> None:
+    """Not even one that the tokenizer does not list among its special tokens."""
+    tokenizer = byte_level_tokenizer()
+    started = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert started not in tokenizer.all_special_ids, "else this test shows nothing"
+    protocol = Protocol(tokenizer, tiny_protocol_config())
+    ids = [5, started, 6, tokenizer.eos_token_id]
+    reference = Trajectory(Question("q", "Who?", ["x"]), 0, [1], ids, [1] * 4, [], [], "end")
+    assert protocol.reference_ids(reference) == [5, 6]
+
+
 def test_the_reference_is_spliced_into_the_privileged_prompt_as_ids() -> None:
     protocol = Protocol(byte_level_tokenizer(), tiny_protocol_config())
     end = protocol.tokenizer.eos_token_id

@@ -11,6 +11,7 @@ from conftest import ShelfRetriever, byte_level_tokenizer, fresh_policy, tiny_pr
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from searche1_lite import engine
 from searche1_lite.config import EngineConfig
 from searche1_lite.engine import SampledTurn, end_ids
 from searche1_lite.protocol import Protocol, parse_turn
@@ -321,6 +322,35 @@ def test_prompts_that_are_given_take_the_place_of_the_plain_ones(talker: Policy,
     plain = [protocol.prompt_ids(question.question) for question in QUESTIONS]
     same = [rollout(model, tokenizer, shelf, protocol, QUESTIONS, 2, prompts=p, **arguments) for p in (plain, None)]
     assert same[0] == same[1]
+
+
+def test_prompts_longer_than_usual_take_fewer_rows_and_give_the_same(talker: Policy, shelf, monkeypatch) -> None:
+    """The KV cache of a batch stays as large as the settings say, whatever the prompts show."""
+    rows: list[int] = []
+    real = engine.Decoder.__init__
+
+    def watched(decoder: engine.Decoder, model: object, tokenizer: object, prompts: list, repeats: int = 1) -> None:
+        rows.append(len(prompts) * repeats)
+        real(decoder, model, tokenizer, prompts, repeats)
+
+    monkeypatch.setattr(engine.Decoder, "__init__", watched)
+    model, tokenizer = talker
+    protocol = Protocol(tokenizer, tiny_protocol_config())
+    asked = [Question(str(index), f"About {index}?", ["Peru"]) for index in range(4)]
+    prompts = [protocol.prompt_ids(question.question) for question in asked]
+
+    def run(given: list[list[int]] | None) -> list[Trajectory]:
+        rows.clear()
+        return rollout(
+            model, tokenizer, shelf, protocol, asked, 2, engine=EngineConfig(batch_size=8), k=1, seed_parts=(1,),
+            prompts=given,
+        )  # fmt: skip
+
+    usual = run(prompts)
+    assert rows == [8] and [t.completion_ids for t in usual] == [t.completion_ids for t in run(None)]
+    # 300 of prompt and 400 of completion are usual: with twice that, half the rows fit.
+    run([ids * (1000 // len(ids)) for ids in prompts])
+    assert len(rows) == 2 and max(rows) == 4
 
 
 def test_greedy_samples_of_a_question_are_equal(talker: Policy, shelf) -> None:
