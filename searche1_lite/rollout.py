@@ -1,6 +1,7 @@
 """Episodes: the policy writes, searches when it asks to, reads what comes back, and answers."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
@@ -16,8 +17,23 @@ from searche1_lite.seeding import derive_seed
 from searche1_lite.trajectory import Question, Search, Stopped, Trajectory, Turn
 
 
-class _Episode:
-    """One episode in the making."""
+@dataclass
+class RolloutTimes:
+    """Seconds that rollouts spent, by part, added up over calls."""
+
+    total: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    search_wait: float = 0.0
+    """In which nothing was computed because every episode waited for its passages."""
+    search: float = 0.0
+    """In which the retriever was at work, beside the rest or alone."""
+    decode_steps: int = 0
+    prefill_tokens: int = 0
+
+
+class Episode:
+    """One episode in the making: what the environment does with each turn that the policy writes."""
 
     def __init__(self, question: Question, sample: int, prompt_ids: list[int], protocol: Protocol) -> None:
         self.trajectory = Trajectory(question, sample, prompt_ids, [], [], [], [], "end", logprobs=[])
@@ -110,6 +126,8 @@ def rollout(
     greedy: bool = False,
     prompts: Sequence[list[int]] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    episode: type[Episode] = Episode,
+    times: RolloutTimes | None = None,
 ) -> list[Trajectory]:
     """`n` fresh episodes for each question, question by question.
 
@@ -121,6 +139,8 @@ def rollout(
         k: passages a search.
         prompts: token ids of each question's prompt; default: the plain one.
         on_progress: told the number of episodes finished since it was last called.
+        episode: the rules of an episode, to be replaced where a benchmark writes the script.
+        times: where the time spent is added up, by part.
     """
     was_training = model.training
     model.eval()
@@ -140,7 +160,7 @@ def rollout(
             else:
                 batch_prompts = list(prompts[first : first + per_batch])
             episodes = [
-                _Episode(question, sample, prompt, protocol)
+                episode(question, sample, prompt, protocol)
                 for question, prompt in zip(batch, batch_prompts, strict=True)
                 for sample in range(n)
             ]
@@ -160,7 +180,7 @@ def rollout(
                     k,
                     on_progress,
                 )
-            finished += [episode.finish() for episode in episodes]
+            finished += [one.finish() for one in episodes]
     finally:
         model.train(was_training)
     return finished
@@ -169,7 +189,7 @@ def rollout(
 def _play(
     decoder: Decoder,
     retriever: Retriever,
-    episodes: Sequence[_Episode],
+    episodes: Sequence[Episode],
     streams: Sequence[UniformStream] | None,
     temperature: float,
     k: int,

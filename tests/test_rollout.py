@@ -15,7 +15,7 @@ from searche1_lite import engine
 from searche1_lite.config import EngineConfig
 from searche1_lite.engine import SampledTurn, end_ids
 from searche1_lite.protocol import Protocol, parse_turn
-from searche1_lite.rollout import _Episode, rollout
+from searche1_lite.rollout import Episode, rollout
 from searche1_lite.search.base import Passage
 from searche1_lite.trajectory import Question, Trajectory
 
@@ -65,7 +65,7 @@ def script(
     tag nor that ended its message.
     """
     tokenizer = protocol.tokenizer
-    episode = _Episode(Question("q", question, ["Peru"]), 0, protocol.prompt_ids(question), protocol)
+    episode = Episode(Question("q", question, ["Peru"]), 0, protocol.prompt_ids(question), protocol)
     replies = []
     for text in turns:
         assert not episode.over, f"the episode was over before {text!r}"
