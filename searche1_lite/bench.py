@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from searche1_lite.config import Config, load_config
+from searche1_lite.measure import full_pairs, full_trajectories
 
 STAGES = ("rollout", "GRPO step", "OFSD step")
 _JSON_NAMES = {"rollout": "rollout", "GRPO step": "grpo", "OFSD step": "ofsd"}
@@ -70,13 +71,23 @@ def bench(
 
 
 def _one_step(config: Config, base: Path) -> Config:
-    """The settings on the base in `base`, with two micro-batches in the one step of each stage."""
+    """The settings on the base in `base`, one step a stage of two micro-batches, as full as the run's own can be.
+
+    Of self-distillation one has full-length references, which make the teacher's pass the longest, and the other short
+    ones (`measure.py`), so that more students go together.
+    """
     grpo, ofsd = config.grpo, config.ofsd
+    teachers, students = full_pairs(config)
+    rollouts, held = grpo.questions_per_step * grpo.group_size, full_trajectories(config)
     return replace(
         config,
         model=replace(config.model, name=str(base), revision=None),
-        grpo=replace(grpo, steps=1, questions_per_step=1, group_size=2 * grpo.micro_batch_size),
-        ofsd=replace(ofsd, epochs=1, batch_size=2 * ofsd.micro_batch_size),
+        grpo=replace(grpo, steps=1, questions_per_step=1, group_size=2 * held if held <= rollouts else rollouts),
+        ofsd=replace(
+            ofsd,
+            epochs=1,
+            batch_size=teachers + min(students, ofsd.batch_size) if teachers <= ofsd.batch_size else ofsd.batch_size,
+        ),
     )
 
 
@@ -87,8 +98,8 @@ def standard_workload() -> Config:
         None,
         [
             "protocol.max_prompt_tokens=512", "protocol.max_completion_tokens=3584", "engine.batch_size=16",
-            "grpo.questions_per_step=1", "grpo.group_size=2", "grpo.micro_batch_size=1", "grpo.steps=1",
-            "ofsd.batch_size=1", "ofsd.micro_batch_size=1",
+            "grpo.questions_per_step=1", "grpo.group_size=2", "grpo.micro_batch_tokens=4096", "grpo.steps=1",
+            "ofsd.batch_size=1", "ofsd.micro_batch_tokens=4096",
         ],
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from searche1_lite.config import Config
 from searche1_lite.errors import UserError
+from searche1_lite.microbatch import fullest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -256,6 +257,14 @@ def model_shape(config: Config) -> "PretrainedConfig":
         ) from error
 
 
+def gpu_capacity() -> int:
+    """Bytes of the GPU that can be had now; what the desktop holds is not free."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return min(free, total - CUDA_RESERVE)
+
+
 def _memory(config: Config, gpu_gib: float | None) -> dict[str, Any]:
     import torch
 
@@ -266,13 +275,12 @@ def _memory(config: Config, gpu_gib: float | None) -> dict[str, Any]:
     if gpu_gib is not None:
         capacity = int(gpu_gib * GIB) - CUDA_RESERVE
     elif device == "cuda":
-        free, total = torch.cuda.mem_get_info(0)
-        capacity = min(free, total - CUDA_RESERVE)  # what the desktop holds is not free
+        capacity = gpu_capacity()
     else:
         capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     shape = model_shape(config)
     here = device == "cuda" and torch.cuda.is_available()
-    plan = plan_memory(config, shape, device, compute_dtype(torch.device("cuda")) if here else None)
+    plan = plan_memory(config, shape, device, compute_dtype(torch.device("cuda")) if here else None, capacity)
     return {
         "device": device,
         "dtype": plan.dtype,
@@ -299,11 +307,14 @@ def advise(config: Config, plan: "MemoryPlan", capacity: int) -> list[str]:
             knob = f"engine.batch_size={fitting}" if fitting >= 1 else "a smaller protocol.max_completion_tokens"
         else:
             section = "grpo" if stage == "GRPO step" else "ofsd"
-            size = getattr(config, section).micro_batch_size
+            longest = config.protocol.max_prompt_tokens + config.protocol.max_completion_tokens
+            rollouts = config.grpo.questions_per_step * config.grpo.group_size
+            sequences = rollouts if section == "grpo" else config.ofsd.batch_size
+            rows, _ = fullest(longest, getattr(config, section).micro_batch_tokens, sequences)
             if not config.model.gradient_checkpointing:
                 knob = "model.gradient_checkpointing=true"
-            elif size > 1:
-                knob = f"{section}.micro_batch_size={max(d for d in range(1, size) if size % d == 0)}"
+            elif rows > 1:
+                knob = f"{section}.micro_batch_tokens={rows // 2 * longest}"
             else:
                 knob = "a smaller protocol.max_completion_tokens"
         advice.append(f"{stage}: {peak / GIB:.1f} GiB are more than {capacity / GIB:.1f}; try {knob}")

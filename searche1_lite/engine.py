@@ -1,36 +1,47 @@
 """Token generation for many episodes side by side, with the KV cache kept across turns.
 
-One `DynamicCache` serves a batch of rows. Text appended by the environment is prefilled on top of what is cached; rows
-of unequal length leave holes, which the attention mask covers, and positions count real tokens only. So nothing is ever
-computed twice, and the result is that of a fresh prefill of the whole sequence. When holes add up, they are squeezed
-out, so that the cache stays about as long as its longest row. What it leaves out: refilling the slot of a finished row,
-and captured graphs.
+Each episode has a slot: a row of a static KV cache, filled to a length of its own. What the environment says is
+prefilled behind what is there, many rows at a time; a prompt that several episodes share is prefilled once and copied;
+a slot is free for the next episode as soon as its own is over. So nothing is computed twice, there are no holes, and
+the result is that of a fresh prefill of the whole sequence. Every step feeds one token of each writing row and samples
+the next. The cache lives as long as its `Decoder`, which is made anew for every rollout: it never outlives a weight
+update. On a GPU the step is captured as a graph, one for each bucket of rows and columns.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from torch.nn import functional as F
+from transformers import AttentionInterface, Cache, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.cache_utils import CacheLayerMixin
 
+from searche1_lite.config import EngineConfig
+from searche1_lite.errors import UserError
 from searche1_lite.protocol import STOP_TAGS
-
-_TAIL = 16
-"""Ids decoded to look for a closing tag; a tag has at most 9 characters, so at most 9 ids."""
 
 PREFILL_TOKENS = 4096
 """Tokens of all rows that one forward pass takes, so that its activations do not grow with rows and documents."""
 
-HOLES = 64
-"""Columns that the cache may be longer than its longest row before holes are squeezed out."""
+BUCKET = {"cpu": 16, "cuda": 256}
+"""Columns of the cache that a step looks at are a multiple of this; on a GPU each has a graph of its own."""
+
+SHADOW_ROWS = 16
+"""On a GPU, rows from which plain weights are faster than 4-bit ones."""
+
+_GROUPED = "searche1_lite_grouped"
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class SampledTurn:
-    """What the policy wrote in one turn: ids as sampled, their log-probs, and why it ended."""
+    """What the policy wrote in one turn: ids as sampled, their log-probs if asked for, and why it ended."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -51,153 +62,460 @@ class UniformStream:
 
 
 def pick_tokens(
-    logits: torch.Tensor, temperature: float, uniforms: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next tokens and their log-probs, both (B,).
+    logits: torch.Tensor, temperature: float, uniforms: torch.Tensor | None, with_logprobs: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Next tokens and, on request, their log-probs, both (B,).
 
     Args:
         logits: (B, V).
         temperature: of the distribution that is sampled and whose log-probs are returned.
         uniforms: (B,) in [0, 1) for sampling by inverse CDF; None for the most likely token.
     """
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
     if uniforms is None:
         tokens = logits.argmax(dim=-1)
-    else:
-        cdf = logprobs.exp().double().cumsum(dim=-1)
+        if not with_logprobs:
+            return tokens, None
+    scaled = logits.float() / temperature
+    if uniforms is not None:
+        cdf = torch.softmax(scaled, dim=-1).double().cumsum_(dim=-1)
         targets = uniforms.unsqueeze(1) * cdf[:, -1:]
-        tokens = torch.searchsorted(cdf, targets, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        tokens = torch.searchsorted(cdf, targets, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+        if not with_logprobs:
+            return tokens, None
+    return tokens, scaled.gather(1, tokens.unsqueeze(1)).squeeze(1) - scaled.logsumexp(dim=-1)
+
+
+class TagAutomaton:
+    """Finds where a closing tag is complete, token by token, without decoding text.
+
+    A state is how much of a tag the text so far ends with; state 0 is nothing of it.
+
+    Args:
+        tokenizer: its tokens' texts are what the automaton reads.
+        size: the model's vocabulary; ids beyond the tokenizer's read as other text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+        prefixes = sorted({tag[:length] for tag in STOP_TAGS for length in range(len(tag))}, key=len)
+        numbers = {prefix: number for number, prefix in enumerate(prefixes)}
+        self.done = len(prefixes)
+        """The state in which a tag is complete."""
+        self.table = np.zeros((len(prefixes), size), dtype=np.uint8)
+        """(states, V): the state after a token."""
+        for token, text in _tag_like(tokenizer, size):
+            for prefix, number in numbers.items():
+                end = _advance(prefix, text)
+                self.table[number, token] = self.done if end is None else numbers[end]
+
+    def advance(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """(B,) the states after these tokens, from states that are not `done`."""
+        return self.table[states, tokens]
+
+
+def _advance(seen: str, text: str) -> str | None:
+    """The part of a tag that `seen + text` ends with; None if a tag is complete in it."""
+    for character in text:
+        seen += character
+        if seen in STOP_TAGS:
+            return None
+        while not any(tag.startswith(seen) for tag in STOP_TAGS):
+            seen = seen[1:]
+    return seen
+
+
+def _tag_like(tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[tuple[int, str]]:
+    """The tokens that can begin, continue or complete a closing tag, with their texts."""
+    inner = {tag[start:end] for tag in STOP_TAGS for end in range(len(tag) + 1) for start in range(end)}
+    # Behind another token, as some tokenizers drop the space before the first one.
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    before = tokenizer.decode(anchor, skip_special_tokens=False)
+    for token, name in enumerate(tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))):
+        if name is not None and (name in inner or "<" in name or ">" in name):
+            text = tokenizer.decode([*anchor, token], skip_special_tokens=False)
+            yield token, text.removeprefix(before)
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where the pass at hand writes into the cache and what it reads of it."""
+
+    rows: torch.Tensor
+    """(B, 1)"""
+    columns: torch.Tensor
+    """(B, T)"""
+    read: slice | torch.Tensor
+    """The rows that are read: a range of slots, or (B,) slots."""
+    width: int
+    """The columns that are read, from the first."""
+
+
+class _SlotLayer(CacheLayerMixin):
+    """One layer's keys and values, (slots, heads, columns, width) each, in the dtype in which they come."""
+
+    is_compileable = False
+
+    def __init__(self, slots: int, columns: int) -> None:
+        super().__init__()
+        self._slots, self._columns, self._cleared = slots, columns, 0
+        self.place: _Place
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys, self.values = (
+            new.new_empty((self._slots, new.shape[1], self._columns, new.shape[3]))
+            for new in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def _clear(self, width: int) -> None:
+        """Makes columns finite that are read for the first time: what is masked is still multiplied, by 0."""
+        if width > self._cleared:
+            for kept in (self.keys, self.values):
+                kept[:, :, self._cleared : width] = 0
+            self._cleared = width
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        place, found = self.place, []
+        self._clear(place.width)
+        for kept, new in ((self.keys, key_states), (self.values, value_states)):
+            kept[place.rows, :, place.columns] = new.transpose(1, 2)
+            found.append(kept[:, :, : place.width][place.read])
+        return found[0], found[1]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        for kept in (self.keys, self.values):
+            kept[target, :, :length] = kept[source, :, :length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.place.width, 0
+
+    def get_seq_length(self) -> int:
+        return 0  # never asked for: positions and masks are given
+
+    def get_max_length(self) -> int:
+        return self._columns
+
+
+class SlotCache(Cache):
+    """A static KV cache whose rows are filled to different lengths. Its last column takes what nobody reads."""
+
+    def __init__(self, config: PretrainedConfig, slots: int, columns: int) -> None:
+        text = config.get_text_config()
+        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+        if not kinds <= {"full_attention", "sliding_attention"}:
+            raise UserError(f"{text.model_type} has layers that keep no KV cache ({', '.join(sorted(kinds))})")
+        window = getattr(text, "sliding_window", None)
+        # Models that do not say which layers have a window have it in all of them.
+        self._window = window if getattr(text, "layer_types", None) is None else None
+        self._windows = {"full_attention": None, "sliding_attention": window} if "sliding_attention" in kinds else None
+        self.columns = columns
+        super().__init__(layers=[_SlotLayer(slots, columns + 1) for _ in range(text.num_hidden_layers)])
+
+    def at(
+        self, rows: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, read: slice | torch.Tensor, width: int
+    ) -> dict[str, Any]:
+        """What the model's next pass needs to write tokens at `positions` and to see all before them.
+
+        Args:
+            rows: (B,) slots.
+            positions: (B, T) of the tokens in their sequences.
+            real: (B, T) false where there is no token.
+            read: the same slots, as a range if they are one.
+            width: columns to look at, more than any position.
+        """
+        place = _Place(rows.unsqueeze(1), torch.where(real, positions, self.columns), read, width)
+        for layer in self.layers:
+            layer.place = place
+        columns = torch.arange(width, device=rows.device)
+        last = positions[:, None, :, None]
+
+        def seen(window: int | None) -> torch.Tensor:
+            return columns <= last if window is None else (columns <= last) & (columns > last - window)
+
+        windows = self._windows
+        mask = seen(self._window) if windows is None else {kind: seen(window) for kind, window in windows.items()}
+        return {"attention_mask": mask, "position_ids": positions, "past_key_values": self, "use_cache": True}
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """PyTorch's attention with as many copies of keys and values as they have heads, not as queries have.
+
+    Args:
+        query: (B, heads, T, width).
+        key, value: (B, key-value heads, L, width).
+        attention_mask: (B, 1, T, L), true where a token is seen.
+
+    Returns:
+        (B, T, heads, width), and None.
+    """
+    (rows, heads, length, _), kv_heads = query.shape, key.shape[1]
+    groups = heads // kv_heads
+    if groups > 1 and length == 1:  # the heads that share keys are as good as a longer query
+        query = query.reshape(rows, kv_heads, groups, -1)
+    elif groups > 1:
+        query = query.reshape(rows * kv_heads, groups, length, -1)
+        key, value = (kept.flatten(0, 1).unsqueeze(1).expand(-1, groups, -1, -1) for kept in (key, value))
+        attention_mask = attention_mask.expand(-1, kv_heads, -1, -1).flatten(0, 1).unsqueeze(1)
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return found.reshape(rows, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_GROUPED, grouped_attention)
+
+
+@contextmanager
+def grouped(config: PretrainedConfig) -> Iterator[None]:
+    """Has the model attend by `grouped_attention`, if it would use PyTorch's own."""
+    text = config.get_text_config()
+    usual = text._attn_implementation
+    try:
+        if usual == "sdpa":
+            text._attn_implementation = _GROUPED
+        yield
+    finally:
+        text._attn_implementation = usual
+
+
+def uses_shadow(engine: EngineConfig, device: str, rows: int) -> bool:
+    """Whether rollouts of so many rows compute with `model.shadow_weights`, if there is memory for them."""
+    return engine.shadow == "always" or (engine.shadow == "auto" and (device == "cpu" or rows >= SHADOW_ROWS))
 
 
 class Decoder:
-    """A batch of rows over one kept cache. Use under `torch.inference_mode()` with the model in eval mode.
+    """Slots that read and write. Use under `torch.inference_mode()` with the model in eval mode.
 
     Args:
         model: the policy.
         tokenizer: gives the end-of-message ids and the text in which closing tags are looked for.
-        prompts: token ids of each distinct prompt.
-        repeats: rows per prompt; each prompt is prefilled once and its cache shared out.
+        slots: how many rows there are.
+        columns: tokens that a row can hold.
+        temperature: sampling temperature.
+        greedy: take the most likely token.
+        logprobs: keep the log-probs of what is sampled.
     """
 
     def __init__(
-        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], repeats: int = 1
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        slots: int,
+        columns: int,
+        *,
+        temperature: float = 1.0,
+        greedy: bool = False,
+        logprobs: bool = False,
     ) -> None:
         base = model.get_base_model()
-        self._backbone, self._head = base.base_model, base.get_output_embeddings()
+        self._config, self._backbone, self._head = base.config, base.base_model, base.get_output_embeddings()
         self._device = model.device
-        self._tokenizer = tokenizer
-        self._end_ids = end_ids(model, tokenizer)
-        self._closing = _closing_tokens(tokenizer, self._head.weight.shape[0]).to(self._device)
-        self._cache = DynamicCache(config=base.config)
-        self._mask = torch.zeros((len(prompts), 0), dtype=torch.long, device=self._device)
-        self._unfed: list[list[int]] = [[] for _ in prompts]
-        self.logits = torch.empty(0)
-        """(B, V): what comes next in each row."""
-        self.append(prompts)
-        if repeats > 1:
-            self.keep([row for row in range(len(prompts)) for _ in range(repeats)])
+        self._temperature, self._greedy, self._with_logprobs = temperature, greedy, logprobs
+        self._cache = SlotCache(base.config, slots, columns)
+        vocabulary = self._head.weight.shape[0]
+        self._automaton = TagAutomaton(tokenizer, vocabulary)
+        self._ends = np.zeros(vocabulary, dtype=bool)
+        self._ends[sorted(end_ids(model, tokenizer))] = True
+        self.lengths = np.zeros(slots, dtype=np.int64)
+        """Tokens of each row that are in the cache."""
+        self.writing = np.zeros(slots, dtype=bool)
+        """Rows in the middle of a turn."""
+        self._tokens = np.zeros(slots, dtype=np.int64)
+        self._states = np.zeros(slots, dtype=np.uint8)
+        self._counts, self._budgets = np.zeros(slots, dtype=np.int64), np.zeros(slots, dtype=np.int64)
+        self._turns = [SampledTurn() for _ in range(slots)]
+        self._streams: list[UniformStream | None] = [None] * slots
+        self._graphs = _Graphs() if self._device.type == "cuda" else None
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keeps these rows, in this order; a row may be named more than once."""
-        index = torch.tensor(rows, dtype=torch.long, device=self._device)
-        self._cache.batch_select_indices(index)
-        self._mask, self.logits = self._mask[index], self.logits[index]
-        self._unfed = [list(self._unfed[row]) for row in rows]
+    def prefill(self, slots: Sequence[int], chunks: Sequence[list[int]]) -> None:
+        """Adds `chunks` of ids to what these rows hold. Nothing is sampled.
 
-    def append(self, ids: Sequence[list[int]]) -> None:
-        """Feeds `ids` (a list per row, empty ones allowed), after the last sampled token if that was not fed yet."""
-        chunks = [unfed + list(new) for unfed, new in zip(self._unfed, ids, strict=True)]
-        self._unfed = [[] for _ in chunks]
-        self._squeeze()
-        lengths = torch.tensor([len(chunk) for chunk in chunks], device=self._device)
-        width = int(lengths.max())
-        if width == 0:
-            return
-        tokens = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self._device)
-        real = (torch.arange(width, device=self._device) < lengths.unsqueeze(1)).long()
-        rows, piece = torch.arange(len(chunks), device=self._device), max(1, PREFILL_TOKENS // len(chunks))
-        last = torch.zeros(0)
-        for start in range(0, width, piece):
-            hidden = self._forward(tokens[:, start : start + piece], real[:, start : start + piece])
-            ends = hidden[rows, (lengths - 1 - start).clamp(0, hidden.shape[1] - 1)]
-            last = ends if start == 0 else torch.where((lengths > start).unsqueeze(1), ends, last)
-        logits = self._head(last)
-        self.logits = logits if self.logits.numel() == 0 else torch.where(lengths.unsqueeze(1) > 0, logits, self.logits)
+        As many rows are taken at once as `PREFILL_TOKENS` allows, those of like length together.
+        """
+        order = sorted((index for index, chunk in enumerate(chunks) if chunk), key=lambda index: len(chunks[index]))
+        while order:
+            longest = len(chunks[order[-1]])
+            count = max(1, PREFILL_TOKENS // longest)
+            taken, order = sorted(order[-count:], key=lambda index: slots[index]), order[:-count]
+            for start in range(0, longest, PREFILL_TOKENS):
+                self._prefill(
+                    [slots[index] for index in taken],
+                    [chunks[index][start : start + PREFILL_TOKENS] for index in taken],
+                )
 
-    def sample_turn(
-        self, budgets: Sequence[int], temperature: float, streams: Sequence[UniformStream] | None
-    ) -> list[SampledTurn]:
-        """Decodes until every row has closed a search or an answer, ended its message or used up its budget.
+    def _prefill(self, slots: list[int], chunks: list[list[int]]) -> None:
+        sizes = np.array([len(chunk) for chunk in chunks])
+        rows, lengths = np.array(slots), self.lengths[slots]
+        steps = np.arange(sizes.max())
+        tokens = np.zeros((len(slots), len(steps)), dtype=np.int64)
+        for row, chunk in enumerate(chunks):
+            tokens[row, : len(chunk)] = chunk
+        real = steps < sizes[:, None]
+        # Where there is no token the position is that of the last one, so that it sees no more than others do.
+        positions = lengths[:, None] + np.minimum(steps, np.maximum(sizes[:, None] - 1, 0))
+        width = self._bucket(int((lengths + sizes).max()))
+        together = slots[-1] - slots[0] == len(slots) - 1
+        index = self._there(rows)
+        read = slice(slots[0], slots[-1] + 1) if together else index
+        with grouped(self._config):
+            self._backbone(
+                input_ids=self._there(tokens),
+                **self._cache.at(index, self._there(positions), self._there(real), read, width),
+            )
+        self.lengths[slots] += sizes
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` tokens of one row's cache to another."""
+        for layer in self._cache.layers:
+            layer.copy(source, target, length)
+        self.lengths[target] = length
+
+    def move(self, source: int, target: int) -> None:
+        """Moves a row to another slot, in the middle of a turn or between turns."""
+        self.share(source, target, int(self.lengths[source]))
+        for array in (self.writing, self._tokens, self._states, self._counts, self._budgets):
+            array[target] = array[source]
+        self._turns[target], self._streams[target] = self._turns[source], self._streams[source]
+        self.release(source)
+
+    def release(self, slot: int) -> None:
+        """Frees a row."""
+        self.writing[slot], self.lengths[slot], self._streams[slot] = False, 0, None
+
+    def begin(self, slot: int, token: int, budget: int, stream: UniformStream | None) -> None:
+        """Begins a turn: `token` is the last one of the row's text and not in the cache yet.
 
         Args:
-            budgets: tokens each row may write, at least 1.
-            temperature: sampling temperature.
-            streams: each row's random numbers, or None for greedy decoding.
+            budget: tokens the row may write, at least 1.
+            stream: the row's random numbers; None for greedy decoding.
         """
-        self._squeeze()
-        turns = [SampledTurn() for _ in budgets]
-        active = list(range(len(turns)))
-        while True:
-            uniforms = None
-            if streams is not None:
-                drawn = [0.0] * len(turns)
-                for row in active:
-                    drawn[row] = streams[row].next()
-                uniforms = torch.tensor(drawn, dtype=torch.float64, device=self._device)
-            tokens, logprobs = pick_tokens(self.logits, temperature, uniforms)
-            closing = self._closing[tokens].tolist()
-            token_list, logprob_list = tokens.tolist(), logprobs.tolist()
-            going_on = []
-            for row in active:
-                turn, token = turns[row], token_list[row]
-                turn.ids.append(token)
-                turn.logprobs.append(logprob_list[row])
-                if token in self._end_ids:
-                    turn.ended = "eos"
-                elif closing[row] and self._closes(turn.ids):
-                    turn.ended = "tag"
-                elif len(turn.ids) < budgets[row]:
-                    going_on.append(row)
-                    continue
-                self._unfed[row] = [token]
-            if not going_on:
-                return turns
-            active = going_on
-            real = torch.zeros((len(turns), 1), dtype=torch.long, device=self._device)
-            real[active] = 1
-            self.logits = self._head(self._forward(tokens.unsqueeze(1), real)[:, -1])
+        self.writing[slot], self._tokens[slot], self._budgets[slot] = True, token, budget
+        self._counts[slot] = self._states[slot] = 0
+        self._turns[slot], self._streams[slot] = SampledTurn(), stream
 
-    def _squeeze(self) -> None:
-        """Moves each row's entries to the front of the cache, over its holes, if there are many; nothing else changes.
+    def step(self) -> list[tuple[int, SampledTurn]]:
+        """Writes one token in each writing row; gives the rows whose turn it ended, with their turns.
 
-        Keys carry their positions already, and whatever comes later stands behind all of them.
+        A turn ends when a search or an answer is closed, the message ended, or the budget is used up.
         """
-        columns, longest = self._mask.shape[1], int(self._mask.sum(dim=1).max()) if self._mask.numel() else 0
-        if columns - longest <= HOLES:
-            return
-        order = self._mask.argsort(dim=1, descending=True, stable=True)[:, :longest]
-        self._mask = self._mask.gather(1, order)
-        for layer in self._cache.layers:
-            index = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
-            layer.keys = layer.keys.gather(2, index)
-            layer.values = layer.values.gather(2, index)
+        slots = np.flatnonzero(self.writing)
+        rows = self._rows(int(slots[-1]) + 1)
+        width = self._bucket(int(self.lengths[slots].max()) + 1)
+        uniforms = np.zeros(rows)
+        if not self._greedy:
+            uniforms[slots] = [self._streams[slot].next() for slot in slots]  # type: ignore[union-attr]
+        inputs = (self._tokens[:rows], self.lengths[:rows], self.writing[:rows], uniforms)
+        if self._graphs is not None:
+            tokens, logprobs = self._graphs.run((rows, width), self._decode, inputs)
+        else:
+            tokens, logprobs = self._decode((rows, width), *map(self._there, inputs))
+        found = tokens.cpu().numpy()[slots]
+        self.lengths[slots] += 1
+        self._tokens[slots] = found
+        self._counts[slots] += 1
+        self._states[slots] = self._automaton.advance(self._states[slots], found)
+        for slot, token in zip(slots.tolist(), found.tolist(), strict=True):
+            self._turns[slot].ids.append(token)
+        if logprobs is not None:
+            for slot, logprob in zip(slots.tolist(), logprobs.cpu().numpy()[slots].tolist(), strict=True):
+                self._turns[slot].logprobs.append(logprob)
+        ended, closed = self._ends[found], self._states[slots] == self._automaton.done
+        over = ended | closed | (self._counts[slots] >= self._budgets[slots])
+        results = []
+        for index in np.flatnonzero(over):
+            slot = int(slots[index])
+            turn = self._turns[slot]
+            turn.ended = "eos" if ended[index] else "tag" if closed[index] else "budget"
+            self.writing[slot] = False
+            results.append((slot, turn))
+        return results
 
-    def _closes(self, ids: list[int]) -> bool:
-        tail = self._tokenizer.decode(ids[-_TAIL:], skip_special_tokens=False)
-        return any(tag in tail for tag in STOP_TAGS)
+    def _decode(
+        self,
+        shape: tuple[int, int],
+        tokens: torch.Tensor,
+        lengths: torch.Tensor,
+        writing: torch.Tensor,
+        uniforms: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Next tokens and log-probs (rows,) of the first rows, all those among them that do not write included."""
+        rows, width = shape
+        slots = torch.arange(rows, device=self._device)
+        positions = lengths.unsqueeze(1).clamp(max=width - 1)
+        with grouped(self._config):
+            hidden = self._backbone(
+                input_ids=tokens.unsqueeze(1),
+                **self._cache.at(slots, positions, writing.unsqueeze(1), slice(0, rows), width),
+            ).last_hidden_state
+        logits = self._head(hidden[:, -1])
+        return pick_tokens(logits, self._temperature, None if self._greedy else uniforms, self._with_logprobs)
 
-    def _forward(self, tokens: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """Hidden states (B, T, H) of `tokens` (B, T); where `real` is 0 a hole is left that nothing attends to."""
-        positions = (self._mask.sum(dim=1, keepdim=True) + real.cumsum(dim=1) - 1).clamp(min=0)
-        self._mask = torch.cat([self._mask, real], dim=1)
-        return self._backbone(
-            input_ids=tokens,
-            attention_mask=self._mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
+    def _rows(self, rows: int) -> int:
+        """The rows that a step takes: on a GPU a power of two, or all, so that few graphs serve."""
+        return rows if self._graphs is None else min(len(self.writing), 1 << (rows - 1).bit_length())
+
+    def _bucket(self, width: int) -> int:
+        size = BUCKET["cuda" if self._device.type == "cuda" else "cpu"]
+        return min(self._cache.columns, -(-width // size) * size)
+
+    def _there(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+class _Graphs:
+    """Captured steps by shape. A graph replays on the memory that it was captured with: weights and cache stay put."""
+
+    def __init__(self) -> None:
+        self._captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]] = {}
+        self._pool: Any = None
+        self._broken = False
+
+    def run(self, shape: tuple[int, int], step: Any, inputs: Sequence[np.ndarray]) -> Any:
+        there = [torch.from_numpy(array).to("cuda", non_blocking=True) for array in inputs]
+        if self._broken:
+            return step(shape, *there)
+        if shape not in self._captured:
+            try:
+                self._captured[shape] = self._capture(shape, step, there)
+            except RuntimeError as error:
+                self._broken = True
+                torch.cuda.synchronize()
+                reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+                _LOG.warning("the decoding step cannot be captured as a CUDA graph (%s): slower without", reason)
+                return step(shape, *there)
+        graph, kept, outputs = self._captured[shape]
+        for place, new in zip(kept, there, strict=True):
+            place.copy_(new)
+        graph.replay()
+        return outputs
+
+    def _capture(self, shape: tuple[int, int], step: Any, inputs: list[torch.Tensor]) -> Any:
+        kept = [tensor.clone() for tensor in inputs]
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # a cast that is kept outside of the graph would be freed under it
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # a first run may set up kernels, which a capture must not
+                    step(shape, *kept)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                outputs = step(shape, *kept)
+            self._pool = graph.pool()
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+        return graph, kept, outputs
 
 
 def end_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -207,10 +525,3 @@ def end_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[i
     eos = config.eos_token_id if config is not None else None
     ids |= set(eos) if isinstance(eos, list) else {eos}
     return frozenset(index for index in ids if index is not None)
-
-
-def _closing_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> torch.Tensor:
-    """(V,) whether a token's text holds the `>` that completes a tag: only then is it worth decoding."""
-    names = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
-    flags = [name is not None and ">" in name for name in names]
-    return torch.tensor(flags + [False] * (size - len(flags)))

@@ -4,10 +4,13 @@ Read `run` top to bottom: it is the method. Every stage is seeded by the run's s
 that was interrupted and resumed after any stage gives the same figures, bit for bit, as one that was not.
 """
 
+import os
 import resource
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,14 +23,15 @@ from searche1_lite.benchmarks import load_run_questions
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config
 from searche1_lite.divergence import try_losses
+from searche1_lite.engine import uses_shadow
 from searche1_lite.evaluate import evaluate
 from searche1_lite.grpo import train_grpo
-from searche1_lite.model import load_adapter_weights, load_policy
+from searche1_lite.model import load_adapter_weights, load_policy, shadow_bytes
 from searche1_lite.ofsd import Pair, kl_diagnostics, ofsd_steps, select_pairs, teacher_prompts, train_ofsd
 from searche1_lite.protocol import Protocol
 from searche1_lite.rollout import rollout
 from searche1_lite.search.catalog import open_retriever
-from searche1_lite.search.progress import Progress
+from searche1_lite.search.progress import Progress, say_on_stderr
 from searche1_lite.seeding import derive_seed
 from searche1_lite.trajectory import Question, Trajectory
 
@@ -42,6 +46,9 @@ class Run:
         self.tokenizer: PreTrainedTokenizerBase
         self.model, self.tokenizer = load_policy(config.model, adapter=adapter, seed=config.seed)
         self.protocol = Protocol(self.tokenizer, config.protocol)
+        self.engine = config.engine
+        if config.engine.shadow == "auto" and not _has_room_for_shadow(config, self.model):
+            self.engine = replace(config.engine, shadow="never")
 
     def rollout(
         self, questions: Sequence[Question], n: int, seed_parts: Sequence[int | str], **how: Any
@@ -54,7 +61,7 @@ class Run:
             self.protocol,
             questions,
             n,
-            engine=self.config.engine,
+            engine=self.engine,
             k=self.config.search.k,
             seed_parts=seed_parts,
             **how,
@@ -150,7 +157,7 @@ def _run_grpo(
     folder.save_trajectories(f"{name}.rollouts", [])
     with work.progress.task(f"round{index}: GRPO", work.config.grpo.steps) as advance:
         result = train_grpo(
-            work.model, work.tokenizer, work.rollout, questions, work.config,
+            work.model, work.tokenizer, partial(work.rollout, logprobs=True), questions, work.config,
             run_seed=work.config.seed, round_index=index, output_dir=folder.path / "checkpoints",
             on_step=lambda record: (folder.log(record), advance(1)),
             on_rollouts=lambda rollouts: folder.add_trajectories(f"{name}.rollouts", [t.to_dict() for t in rollouts]),
@@ -208,6 +215,28 @@ def compare_teacher(
 
 def _choose(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
     return Random(seed).sample(list(questions), min(count, len(questions)))
+
+
+def _has_room_for_shadow(config: Config, model: PeftModel) -> bool:
+    """Asked once a run: on a GPU of the memory plan, else of what is free. The user is told."""
+    size = shadow_bytes(model)
+    if not uses_shadow(config.engine, model.device.type, config.engine.batch_size):
+        return True
+    if model.device.type == "cuda":
+        from searche1_lite.doctor import gpu_capacity
+        from searche1_lite.memory import plan_memory
+
+        loaded = torch.cuda.memory_allocated()
+        dtype = model.get_input_embeddings().weight.dtype
+        plan = plan_memory(config, model.get_base_model().config, "cuda", dtype, gpu_capacity() + loaded)
+        room = "shadow weights" in plan.stages["rollout"]
+    else:
+        room = size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2
+        if room:
+            return True
+    kind = "plain weights" if room else "the 4-bit weights: there is no room for plain ones"
+    say_on_stderr(f"rollouts compute with {kind} ({size / 2**30:.1f} GiB)")
+    return room
 
 
 def begin_peak() -> None:

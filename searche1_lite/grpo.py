@@ -2,11 +2,13 @@
 
 Vanilla GRPO: a group of rollouts a question, reward = exact match, advantage normalised within the group, one update a
 batch of fresh rollouts, clipped ratio, a small KL to the adapter as the stage began. Environment tokens are masked.
-What it leaves out: reuse of a batch for several updates, and skipping groups whose rewards are all equal (counted).
+A group whose rewards are all equal teaches nothing: it is skipped and counted. What it leaves out: reuse of a batch
+for several updates.
 """
 
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.nn.functional import pad as pad_columns
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import pad
 
 from searche1_lite.benchmarks import check_enough
 from searche1_lite.config import Config
 from searche1_lite.logprobs import completion_hidden, token_logprobs
-from searche1_lite.model import compute_context, compute_dtype, drop_adapter, keep_adapter_fp32
+from searche1_lite.microbatch import micro_batches
+from searche1_lite.model import compute_context, compute_dtype, drop_adapter, keep_adapter_fp32, use_adapter
 from searche1_lite.seeding import derive_seed
 from searche1_lite.trajectory import Question, Trajectory
 
@@ -87,66 +88,96 @@ class StepReporter(TrainerCallback):
 
 
 class RolloutGRPOTrainer(GRPOTrainer):
-    """TRL's trainer, with padding cut and only model-written tokens projected onto the vocabulary."""
+    """TRL's trainer with one optimizer step as one batch of its own, which is worked off in micro-batches.
+
+    Only model-written tokens are projected onto the vocabulary. Groups whose rewards are all equal have no advantage:
+    they are skipped, and so is what little their KL to the reference would have added.
+    """
 
     scored: torch.Tensor
-    """(B, C) 1 at the model-written tokens of the batch at hand, whose log-probs are asked for."""
+    """(B, C) 1 at the model-written tokens of the micro-batch at hand, whose log-probs are asked for."""
+    logprobs: torch.Tensor
+    """(B, C) those log-probs, as the last pass found them."""
+
+    def __init__(self, *args: Any, micro_batch_tokens: int, **kwargs: Any) -> None:
+        self._micro_batch_tokens = micro_batch_tokens
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rollouts, their advantages, and which are `trained` on; the reference is asked later, about those only."""
+        beta, self.beta = self.beta, 0.0
+        try:
+            batch = super()._generate_and_score_completions(inputs)
+        finally:
+            self.beta = beta
+        trained = (batch["advantages"].view(-1, self.num_generations) != 0).any(dim=1)
+        self._metrics["train"]["skipped_groups"].append(int((~trained).sum()))
+        batch["trained"] = trained.repeat_interleave(self.num_generations)
+        return batch
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """TRL's loss of a whole step and its gradient, in micro-batches; the mean is over the skipped rollouts too.
+
+        If every group is skipped, there is no gradient, and the optimizer leaves weights and momentum as they are.
+        """
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        self._step += 1
+        trained = inputs["trained"].nonzero().flatten()
+        lengths = inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=1)
+        total = torch.zeros((), device=lengths.device)
+        figures, sums, tokens = self._metrics["train"], defaultdict[str, float](float), 0
+        for batch in micro_batches(lengths[trained].tolist(), self._micro_batch_tokens):
+            self._metrics["train"] = defaultdict(list)
+            with self.compute_loss_context_manager():
+                loss = self._compute_loss(model, rows_of(inputs, trained[batch])) * (len(batch) / len(lengths))
+            self.accelerator.backward(loss)
+            total += loss.detach()
+            size = int(self.scored.sum())
+            tokens += size
+            for name, values in self._metrics["train"].items():
+                sums[name] += size * sum(values)
+        self._metrics["train"] = figures
+        for name, value in sums.items():
+            figures[name].append(value / max(1, tokens))
+        return total
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        inputs = trim_padding(inputs)
+        """TRL's loss of one micro-batch, after the reference's pass over it."""
         self.scored = inputs["completion_mask"] * inputs["tool_mask"]
-        return super()._compute_loss(model, inputs)
+        if self.beta and "ref_per_token_logps" not in inputs:
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+            with torch.no_grad(), use_adapter(self.accelerator.unwrap_model(model), REFERENCE):
+                found = self._get_per_token_logps_and_entropies(model, ids, mask, self.scored.shape[1])
+            inputs = inputs | {"ref_per_token_logps": found[0]}
+        loss = super()._compute_loss(model, inputs)
+        if (sampled := inputs.get("sampling_per_token_logps")) is not None:
+            gap = ((sampled - self.logprobs).abs() * self.scored).sum() / self.scored.sum().clamp(min=1)
+            self._metrics["train"]["sampling_logprob_difference"].append(float(gap))
+        return loss
 
     def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        **_: Any,
+        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
         """Log-probs and entropies (B, `logits_to_keep`), 0 where a token is not the model's; no loss of experts."""
         policy = self.accelerator.unwrap_model(model)
-        logprobs, entropies = [], []
-        for first in range(0, len(input_ids), batch_size or len(input_ids)):
-            rows = slice(first, first + (batch_size or len(input_ids)))
-            split = input_ids.shape[1] - logits_to_keep
-            batch = trim_padding(
-                {
-                    "prompt_ids": input_ids[rows, :split],
-                    "prompt_mask": attention_mask[rows, :split],
-                    "completion_ids": input_ids[rows, split:],
-                    "completion_mask": attention_mask[rows, split:],
-                    "scored": self.scored[rows],
-                }
-            )
-            keep = batch.pop("scored").bool()
-            hidden = completion_hidden(policy, **batch)[keep]
-            with compute_context(policy):
-                found = token_logprobs(
-                    policy.get_output_embeddings(), hidden, batch["completion_ids"][keep], self.temperature
-                )
-            for values, kept in zip(found, (logprobs, entropies), strict=True):
-                # `masked_scatter` keeps the graph when nothing is scored, so that the backward pass still works.
-                rowed = values.new_zeros(keep.shape).masked_scatter(keep, values)
-                kept.append(pad_columns(rowed, (0, logits_to_keep - keep.shape[1])))
-        return torch.cat(logprobs), torch.cat(entropies), None
+        split, keep = input_ids.shape[1] - logits_to_keep, self.scored.bool()
+        completion_ids = input_ids[:, split:]
+        hidden = completion_hidden(
+            policy, input_ids[:, :split], attention_mask[:, :split], completion_ids, attention_mask[:, split:], keep
+        )
+        with compute_context(policy):
+            found = token_logprobs(policy.get_output_embeddings(), hidden, completion_ids[keep], self.temperature)
+        # `masked_scatter` keeps the graph when nothing is scored, so that the backward pass still works.
+        logprobs, entropies = (values.new_zeros(keep.shape).masked_scatter(keep, values) for values in found)
+        self.logprobs = logprobs.detach()
+        return logprobs, entropies, None
 
 
-def trim_padding(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Cuts columns that are padding in every row: prompts (padded on the left) and completions (on the right)."""
-    prompt = int((inputs["prompt_mask"].sum(dim=1)).max())
-    completion = max(1, int((inputs["completion_mask"].sum(dim=1)).max()))
-    trimmed = dict(inputs)
-    for key, value in inputs.items():
-        if not torch.is_tensor(value) or value.dim() != 2:
-            continue
-        if key.startswith("prompt"):
-            trimmed[key] = value[:, value.shape[1] - prompt :]
-        elif value.shape[1] == inputs["completion_mask"].shape[1]:
-            trimmed[key] = value[:, :completion]
-    return trimmed
+def rows_of(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """These rows of a batch's tensors; what belongs to the whole batch is left as it is."""
+    return {key: value[rows] if torch.is_tensor(value) and value.dim() else value for key, value in inputs.items()}
 
 
 def exact_match_reward(prompts: list[str], completions: list[str], em: list[float], **_: Any) -> list[float]:
@@ -199,14 +230,13 @@ def train_grpo(
         trajectories = answer(asked, size, (run_seed, "grpo", round_index, trainer.state.global_step))
         latest["trajectories"], latest["seconds"] = trajectories, time.monotonic() - began
         latest["total"] += latest["seconds"]
-        masks = [torch.tensor(t.loss_mask, device=model.device) for t in trajectories]
-        trainer.scored = pad(masks, padding_value=0, padding_side="right")
         if on_rollouts is not None:
             on_rollouts(trajectories)
+        kept = [t.logprobs for t in trajectories]
         return {
             "prompt_ids": [t.prompt_ids for t in trajectories],
             "completion_ids": [t.completion_ids for t in trajectories],
-            "logprobs": None,
+            "logprobs": None if None in kept else kept,
             "env_mask": [t.loss_mask for t in trajectories],
             "em": [t.reward for t in trajectories],
         }
@@ -223,6 +253,8 @@ def train_grpo(
             "kl": logs.get("kl"),
             "grad_norm": logs.get("grad_norm"),
             "zero_std_fraction": logs.get("frac_reward_zero_std"),
+            "skipped_groups": int(logs["skipped_groups"]),
+            "sampling_logprob_difference": logs.get("sampling_logprob_difference"),
             "searches": sum(t.n_searches for t in trajectories) / len(trajectories),
             "tokens": tokens,
             "tokens_per_second": round(tokens / latest["seconds"], 1),
@@ -239,8 +271,7 @@ def train_grpo(
         beta=stage.kl_coefficient,
         num_generations=stage.group_size,
         num_iterations=1,
-        per_device_train_batch_size=stage.micro_batch_size,
-        gradient_accumulation_steps=stage.questions_per_step * stage.group_size // stage.micro_batch_size,
+        per_device_train_batch_size=stage.questions_per_step * stage.group_size,
         learning_rate=stage.learning_rate,
         warmup_steps=round(stage.warmup_ratio * stage.steps),
         max_grad_norm=stage.max_grad_norm,
@@ -256,6 +287,7 @@ def train_grpo(
                 processing_class=tokenizer,
                 callbacks=[reporter],
                 rollout_func=roll,
+                micro_batch_tokens=stage.micro_batch_tokens,
             )
         for name, parameter in model.named_parameters():
             if f".{REFERENCE}." in name:

@@ -16,21 +16,39 @@ TOKENS_PER_TILE = 512
 _VOCABULARY_PER_TILE = 32768
 
 
+def hidden_states(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states (B, L, H) of rows (B, L) padded at their ends, if at all. Makes no logits.
+
+    No token looks ahead, so that none sees padding: no mask is needed, and attention runs at its fastest without.
+    """
+    with compute_context(model):
+        return model.get_base_model().base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
 def completion_hidden(
     model: PeftModel,
     prompt_ids: torch.Tensor,
     prompt_mask: torch.Tensor,
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
+    keep: torch.Tensor,
 ) -> torch.Tensor:
-    """Hidden states (B, C, H) that predict each completion token; prompts are padded on the left. Makes no logits."""
-    backbone = model.get_base_model().base_model
-    mask = torch.cat([prompt_mask, completion_mask], dim=1)
-    with compute_context(model):
-        hidden = backbone(
-            input_ids=torch.cat([prompt_ids, completion_ids], dim=1), attention_mask=mask, use_cache=False
-        ).last_hidden_state
-    return hidden[:, prompt_ids.shape[1] - 1 : -1]
+    """Hidden states (N, H) that predict the N completion tokens asked for, row by row.
+
+    The pass is as wide as the longest row, prompt and completion, whatever the padding of what is given.
+
+    Args:
+        prompt_ids: (B, P) padded on the left, `prompt_mask` 0 there.
+        completion_ids: (B, C) padded on the right, `completion_mask` 0 there.
+        keep: (B, C) true at the tokens asked for.
+    """
+    ids, mask = torch.cat([prompt_ids, completion_ids], dim=1), torch.cat([prompt_mask, completion_mask], dim=1)
+    width, prompts = int(mask.sum(dim=1).max()), prompt_mask.sum(dim=1)
+    # Each row is turned to the left by its leading padding, which comes out at its end.
+    columns = torch.arange(width, device=ids.device) + (prompt_ids.shape[1] - prompts).unsqueeze(1)
+    hidden = hidden_states(model, ids.gather(1, columns % ids.shape[1]))
+    row, column = keep.nonzero(as_tuple=True)
+    return hidden[row, prompts[row] + column - 1]
 
 
 def token_logprobs(

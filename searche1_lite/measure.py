@@ -178,23 +178,28 @@ def _decode(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Co
     """A full batch reads up to its last few tokens, and writes those."""
     import torch
 
-    from searche1_lite.engine import Decoder
-    from searche1_lite.memory import widest_piece
-    from searche1_lite.model import compute_context
+    from searche1_lite.engine import PREFILL_TOKENS, Decoder, UniformStream, uses_shadow
+    from searche1_lite.model import compute_context, shadow_weights
 
     vocabulary, rows = model.get_input_embeddings().weight.shape[0], config.engine.batch_size
     episodes = [_trajectory(config, vocabulary, row, 0) for row in range(rows)]
+    texts = [episode.prompt_ids + episode.completion_ids for episode in episodes]
     written, was_training = 4, model.training
     model.eval()  # as in a rollout; in training mode, gradient checkpointing would leave the cache out
+    shadow = shadow_weights(model, uses_shadow(config.engine, model.device.type, rows))
     try:
-        with torch.inference_mode(), compute_context(model):
-            decoder = Decoder(model, tokenizer, [episode.prompt_ids for episode in episodes])
-            # Every other row reads its last piece of text when the rest has read all: the cache is at its longest.
-            early = max(0, config.protocol.max_completion_tokens - written - widest_piece(config))
-            texts = [episode.completion_ids[:-written] for episode in episodes]
-            decoder.append([ids[:early] if row % 2 else ids for row, ids in enumerate(texts)])
-            decoder.append([ids[early:] if row % 2 else [] for row, ids in enumerate(texts)])
-            decoder.sample_turn([written] * rows, config.engine.temperature, None)
+        with torch.inference_mode(), compute_context(model), shadow:
+            decoder = Decoder(model, tokenizer, rows, len(texts[0]), logprobs=True)
+            size = max(1, PREFILL_TOKENS // rows)
+            for start in range(0, len(texts[0]) - written, size):
+                chunk = slice(start, min(start + size, len(texts[0]) - written))
+                # Every other slot first: rows that do not lie side by side take the most.
+                for first in (0, 1):
+                    decoder.prefill(range(first, rows, 2), [text[chunk] for text in texts[first::2]])
+            for slot, text in enumerate(texts):
+                decoder.begin(slot, text[-written], written, UniformStream(slot))
+            while decoder.writing.any():
+                decoder.step()
     finally:
         model.train(was_training)
 
@@ -223,12 +228,31 @@ def _ofsd_step(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config:
     )  # fmt: skip
 
 
+def full_trajectories(config: Config) -> int:
+    """How many full-length trajectories a micro-batch of GRPO holds."""
+    longest = config.protocol.max_prompt_tokens + config.protocol.max_completion_tokens
+    return max(1, config.grpo.micro_batch_tokens // longest)
+
+
+def full_pairs(config: Config) -> tuple[int, int]:
+    """How many pairs of full-length students a micro-batch holds, with full-length references and with short ones."""
+    student = config.protocol.max_prompt_tokens + config.protocol.max_completion_tokens
+    teacher = student + config.protocol.max_completion_tokens
+    return max(1, config.ofsd.micro_batch_tokens // teacher), max(1, config.ofsd.micro_batch_tokens // student)
+
+
 def _pairs(model: "PeftModel", config: Config) -> list[Any]:
+    """A step's pairs: as many with full-length references as a micro-batch holds, the others with short ones."""
     from searche1_lite.ofsd import Pair
 
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary, (full, _) = model.get_input_embeddings().weight.shape[0], full_pairs(config)
+    short = deepcopy(config)
+    short.protocol.max_completion_tokens = 8
     return [
-        Pair(_trajectory(config, vocabulary, index, 1), _trajectory(config, vocabulary, index, 0))
+        Pair(
+            _trajectory(config if index < full else short, vocabulary, index, 1),
+            _trajectory(config, vocabulary, index, 0),
+        )
         for index in range(config.ofsd.batch_size)
     ]
 
@@ -246,7 +270,7 @@ def _dense_step(model: "PeftModel", config: Config, stage: str) -> None:
     model.train()
     snapshot_adapter(model, "frozen")
     grpo = stage == "GRPO step"
-    rows = config.grpo.micro_batch_size if grpo else config.ofsd.micro_batch_size
+    rows = full_trajectories(config) if grpo else full_pairs(config)[0]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if grpo:
         size = config.grpo.group_size

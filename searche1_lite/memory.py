@@ -1,6 +1,6 @@
 """How much memory a configuration will need, told before anything is loaded.
 
-The real passes (a prefill and a decoding step, the GRPO step, the OFSD step) are run on fake tensors, which have shapes
+The real passes (reading and writing, the GRPO step, the OFSD step) are run on fake tensors, which have shapes
 and no storage, through the real model code with its LoRA adapter, while every storage that would be alive is counted.
 Models of two and three layers are enough: what a layer adds is the same for each further one. Every sequence is taken
 to be as long as the protocol allows. What is left out: the CUDA context, fragmentation, kernels' own scratch space.
@@ -20,13 +20,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from trl.kernels import chunked_divergence, chunked_logprob
 
 from searche1_lite.config import Config, ModelConfig
 from searche1_lite.divergence import divergence
-from searche1_lite.engine import HOLES, PREFILL_TOKENS, pick_tokens
-from searche1_lite.logprobs import completion_hidden, token_logprobs
+from searche1_lite.engine import PREFILL_TOKENS, SlotCache, grouped, pick_tokens, uses_shadow
+from searche1_lite.logprobs import hidden_states, token_logprobs
+from searche1_lite.microbatch import fullest
 from searche1_lite.model import compute_context, lora_config
 
 Device = Literal["cuda", "cpu"]
@@ -154,48 +155,65 @@ def _give_storage(model: PeftModel, config: ModelConfig) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _head_inputs(config: Config, rows: int, prompt: int) -> tuple[torch.Tensor, ...]:
-    """Ids and masks of `rows` sequences: (rows, prompt) twice, (rows, completion) twice."""
+def _fullest_batch(config: Config, prompt: int, budget: int, sequences: int) -> tuple[torch.Tensor, int]:
+    """Ids (rows, columns) of the fullest micro-batch, and how many columns are the completion: as many as may be."""
     completion = config.protocol.max_completion_tokens
-    ids = [torch.zeros((rows, width), dtype=torch.long) for width in (prompt, completion)]
-    return ids[0], torch.ones_like(ids[0]), ids[1], torch.ones_like(ids[1])
+    rows, columns = fullest(prompt + completion, budget, sequences)
+    return torch.zeros((rows, columns), dtype=torch.long), min(completion, max(1, columns - 1))
 
 
-def _rollout_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tensor]]:
-    """The last documents read by a full batch of full-length episodes, and one more token each."""
+def _completion_hidden(model: PeftModel, ids: torch.Tensor, completion: int) -> torch.Tensor:
+    """What `completion_hidden` gives where every token of the completion is asked for: (rows * completion, H)."""
+    return hidden_states(model, ids)[:, -completion - 1 : -1].flatten(0, 1).clone()
+
+
+def _filled_slots(model: PeftModel, config: Config) -> tuple[SlotCache, torch.Tensor, list[torch.Tensor]]:
+    """The cache of a full batch, its rows (slots,), and its tensors."""
     model.eval()  # in training mode, gradient checkpointing would leave the cache out
     base, rows = model.get_base_model(), config.engine.batch_size
-    text = base.config.get_text_config()
-    length = _cache_columns(config)
-    piece = min(length, max(1, PREFILL_TOKENS // rows))
-    heads = text.num_key_value_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = DynamicCache(config=base.config)
-    for layer in range(text.num_hidden_layers):
-        filled = (rows, heads, length - piece, width)
-        dtype = base.get_input_embeddings().weight.dtype
-        cache.update(torch.empty(filled, dtype=dtype), torch.empty(filled, dtype=dtype), layer)
-    mask, tokens = torch.ones((rows, length), dtype=torch.long), torch.zeros((rows, piece), dtype=torch.long)
-    uniforms = torch.zeros(rows, dtype=torch.float64)
-    yield [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    with torch.no_grad(), compute_context(model):
-        positions = mask.cumsum(dim=1)[:, -piece:]
-        hidden = base.base_model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        logits = base.get_output_embeddings()(hidden[:, -1])
-        del hidden
-        pick_tokens(logits, config.engine.temperature, uniforms)
+    text, dtype = base.config.get_text_config(), base.get_input_embeddings().weight.dtype
+    cache = SlotCache(base.config, rows, _cache_columns(config))
+    entry = torch.empty((rows, text.num_key_value_heads, 1, _head_width(text)), dtype=dtype)
+    for layer in cache.layers:
+        layer.lazy_initialization(entry, entry)
+    return cache, torch.arange(rows), [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def _prefill_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tensor]]:
+    """A full batch of full-length episodes reads its last text; the rows do not lie side by side."""
+    cache, rows, tensors = _filled_slots(model, config)
+    rows = rows[: min(len(rows), PREFILL_TOKENS)]
+    tokens = torch.zeros((len(rows), min(cache.columns, PREFILL_TOKENS // len(rows))), dtype=torch.long)
+    yield tensors
+    del tensors
+    base = model.get_base_model()
+    with torch.no_grad(), compute_context(model), grouped(base.config):
+        base.base_model(input_ids=tokens, **cache.at(rows, tokens, tokens == 0, rows, cache.columns))
+
+
+def _decode_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tensor]]:
+    """A full batch of full-length episodes writes a token each."""
+    cache, rows, tensors = _filled_slots(model, config)
+    tokens, uniforms = rows.unsqueeze(1), torch.zeros(len(rows), dtype=torch.float64)
+    yield tensors
+    del tensors
+    base = model.get_base_model()
+    with torch.no_grad(), compute_context(model), grouped(base.config):
+        where = cache.at(rows, tokens, tokens == tokens, slice(0, len(rows)), cache.columns)
+        hidden = base.base_model(input_ids=tokens, **where).last_hidden_state
+        pick_tokens(base.get_output_embeddings()(hidden[:, -1]), config.engine.temperature, uniforms)
 
 
 def _grpo_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tensor]]:
     """One micro-batch, forward and backward; every token of the completion counts as the model's."""
-    inputs = _head_inputs(config, config.grpo.micro_batch_size, config.protocol.max_prompt_tokens)
+    stage = config.grpo
+    sequences = stage.questions_per_step * stage.group_size
+    ids, completion = _fullest_batch(config, config.protocol.max_prompt_tokens, stage.micro_batch_tokens, sequences)
     yield []
-    hidden = completion_hidden(model, *inputs).flatten(0, 1).clone()
+    hidden = _completion_hidden(model, ids, completion)
     with compute_context(model):
         head = model.get_output_embeddings()
-        values, _ = token_logprobs(head, hidden, inputs[2].flatten(), config.engine.temperature)
+        values, _ = token_logprobs(head, hidden, ids[:, -completion:].flatten(), config.engine.temperature)
     del hidden
     values.sum().backward()
 
@@ -206,24 +224,29 @@ def _teacher_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tenso
     shown = protocol.max_completion_tokens if stage.teacher_prompt != "plain" else 0
     if not stage.reference_documents:
         shown = min(shown, protocol.max_turn_tokens * (protocol.max_searches + 1 + protocol.max_invalid_turns))
-    inputs = _head_inputs(config, stage.micro_batch_size, protocol.max_prompt_tokens + shown)
+    prompt = protocol.max_prompt_tokens + shown
+    ids, completion = _fullest_batch(config, prompt, stage.micro_batch_tokens, stage.batch_size)
     yield []
     with torch.no_grad():
-        completion_hidden(model, *inputs).flatten(0, 1).clone()
+        _completion_hidden(model, ids, completion)
 
 
 def _student_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tensor]]:
-    """The student's pass over a micro-batch of pairs, beside the teacher's hidden states, and back."""
-    stage = config.ofsd
-    inputs = _head_inputs(config, stage.micro_batch_size, config.protocol.max_prompt_tokens)
+    """The student's pass over a micro-batch of pairs, beside the teacher's hidden states, and back.
+
+    References are taken to be short here, so that the student's own sequences fill the micro-batch.
+    """
+    stage, prompt = config.ofsd, config.protocol.max_prompt_tokens
+    ids, completion = _fullest_batch(config, prompt, stage.micro_batch_tokens, stage.batch_size)
+    targets = ids[:, -completion:].flatten()
     head, teacher = model.get_output_embeddings(), None
     if stage.objective == "distill":
-        teacher = torch.empty((inputs[2].numel(), head.weight.shape[1]), dtype=head.weight.dtype)
+        teacher = torch.empty((targets.numel(), head.weight.shape[1]), dtype=head.weight.dtype)
     yield [] if teacher is None else [teacher]
-    student = completion_hidden(model, *inputs).flatten(0, 1).clone()
+    student = _completion_hidden(model, ids, completion)
     with compute_context(model):
         if teacher is None:
-            values = token_logprobs(head, student, inputs[2].flatten(), config.engine.temperature)[0]
+            values = token_logprobs(head, student, targets, config.engine.temperature)[0]
         else:
             values = divergence(
                 head, student, teacher, stage.divergence, config.engine.temperature, stage.clip, stage.top_k
@@ -279,7 +302,11 @@ def parameter_count(shape: PretrainedConfig) -> int:
 
 
 def plan_memory(
-    config: Config, shape: PretrainedConfig, device: Device, dtype: torch.dtype | None = None
+    config: Config,
+    shape: PretrainedConfig,
+    device: Device,
+    dtype: torch.dtype | None = None,
+    capacity: int | None = None,
 ) -> MemoryPlan:
     """The memory that each stage of a round needs at its worst moment.
 
@@ -288,16 +315,19 @@ def plan_memory(
         shape: the base model's configuration.
         device: `cuda` or `cpu`.
         dtype: the compute dtype; default: bf16 on `cuda`, fp32 on `cpu`.
+        capacity: bytes there are. With `engine.shadow=auto` the plan has `shadow weights` where they fit into it; where
+            it is not said, on a CPU.
     """
     if dtype is None:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
     whole = _skeleton(shape, config.model, dtype, None)
-    quantized = {id(module.weight) for module in _quantized(whole)} if config.model.quantization == "nf4" else set()
-    weights = adapter = 0
+    weights = adapter = shadow = 0
+    adapted = {id(module.weight) for module in _quantized(whole)}
     for parameter in whole.parameters():
+        shadow += dtype.itemsize * parameter.numel() if id(parameter) in adapted else 0
         if parameter.requires_grad:
             adapter += 4 * parameter.numel()
-        elif id(parameter) in quantized:
+        elif id(parameter) in adapted and config.model.quantization == "nf4":
             weights += nf4_bytes(parameter.numel())
         else:
             weights += parameter.numel() * parameter.element_size()
@@ -312,8 +342,15 @@ def plan_memory(
     frozen = adapter if config.grpo.kl_coefficient else 0
     fixed = {"base weights": weights, "adapter": adapter, "frozen adapter": frozen}
     cache = _cache_bytes(config, shape, dtype)
-    rest = measure(_rollout_pass) - cache
+    parts = [measure(run) - cache for run in (_prefill_pass, _decode_pass)]
+    # On a GPU captured steps keep memory of their own.
+    rest = sum(parts) if device == "cuda" else max(parts)
     stages["rollout"] = fixed | optimizer | {"KV cache": cache, "activations, logits": rest}
+    if uses_shadow(config.engine, device, config.engine.batch_size):
+        needed = sum(stages["rollout"].values()) + shadow
+        fits = device == "cpu" if capacity is None else needed <= capacity
+        if fits or config.engine.shadow == "always":
+            stages["rollout"]["shadow weights"] = shadow
     gradients = {"gradients": adapter}
     stages["GRPO step"] = fixed | gradients | optimizer | {"activations, loss": measure(_grpo_pass)}
     if config.ofsd.enabled:
@@ -326,22 +363,16 @@ def plan_memory(
     return MemoryPlan(device, str(dtype).removeprefix("torch."), stages)
 
 
-def widest_piece(config: Config) -> int:
-    """The longest piece of text, in tokens, that one row can write or read while the others wait."""
-    protocol = config.protocol
-    piece = max(protocol.max_turn_tokens, config.search.k * protocol.max_document_tokens)
-    return min(piece, protocol.max_completion_tokens)
-
-
 def _cache_columns(config: Config) -> int:
-    """The longest that the cache can get: a full-length row, the holes let be, and another row's last piece."""
-    return config.protocol.max_prompt_tokens + config.protocol.max_completion_tokens + HOLES + widest_piece(config)
+    return config.protocol.max_prompt_tokens + config.protocol.max_completion_tokens
+
+
+def _head_width(text: PretrainedConfig) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _cache_bytes(config: Config, shape: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Keys and values of a full batch of full-length episodes."""
+    """Keys and values of a full batch of full-length episodes, and a column for what nobody reads."""
     text = shape.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    length = _cache_columns(config)
-    entries = 2 * text.num_hidden_layers * text.num_key_value_heads * width
-    return config.engine.batch_size * length * entries * dtype.itemsize
+    entries = 2 * text.num_hidden_layers * text.num_key_value_heads * _head_width(text)
+    return config.engine.batch_size * (_cache_columns(config) + 1) * entries * dtype.itemsize

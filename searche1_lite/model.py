@@ -11,6 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -89,6 +90,58 @@ def compute_context(model: PeftModel) -> AbstractContextManager[None]:
     """
     weight = model.get_input_embeddings().weight
     return nullcontext() if weight.dtype == torch.float32 else torch.autocast(weight.device.type, dtype=weight.dtype)
+
+
+@contextmanager
+def shadow_weights(model: PeftModel, wanted: bool = True) -> Iterator[None]:
+    """Has the model compute with plain linear layers in its compute dtype, for a while.
+
+    Each holds what the 4-bit weight stands for plus the active adapter's update, added in fp32. The 4-bit weights and
+    the adapter are not touched, and are back in their places afterwards: what is learnt later is in the next shadow.
+    """
+    dtype = model.get_input_embeddings().weight.dtype
+    replaced: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
+    try:
+        for parent, name, layer in _adapted_layers(model) if wanted else ():
+            parent._modules[name] = _plain_linear(layer, dtype)
+            replaced.append((parent, name, layer))
+        yield
+    finally:
+        for parent, name, layer in replaced:
+            parent._modules[name] = layer
+
+
+def _adapted_layers(model: PeftModel) -> list[tuple[torch.nn.Module, str, torch.nn.Module]]:
+    """The layers that have an adapter or 4-bit weights, each with its parent and its name there."""
+    return [
+        (parent, name, child)
+        for parent in model.get_base_model().modules()
+        if not isinstance(parent, BaseTunerLayer)
+        for name, child in parent.named_children()
+        if isinstance(child, Linear4bit | BaseTunerLayer)
+    ]
+
+
+def shadow_bytes(model: PeftModel) -> int:
+    """What `shadow_weights` takes."""
+    size = model.get_input_embeddings().weight.element_size()
+    return size * sum(layer.in_features * layer.out_features for _, _, layer in _adapted_layers(model))
+
+
+def _plain_linear(layer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Linear:
+    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    weight = base.weight.detach()
+    if isinstance(base, Linear4bit):
+        weight = dequantize_4bit(weight, base.weight.quant_state)
+    if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters:
+        for adapter in layer.active_adapters:
+            weight = weight.float() + layer.get_delta_weight(adapter).float()
+    plain = torch.nn.utils.skip_init(
+        torch.nn.Linear, base.in_features, base.out_features, bias=base.bias is not None, device="meta"
+    )
+    plain.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+    plain.bias = base.bias
+    return plain
 
 
 def lora_config(config: ModelConfig) -> LoraConfig:

@@ -25,8 +25,9 @@ from trl.trainer.utils import pad
 
 from searche1_lite.config import Config, OFSDStageConfig
 from searche1_lite.divergence import divergence
-from searche1_lite.grpo import OnStep, StepReporter, drop_printer, trainer_arguments, trim_padding
+from searche1_lite.grpo import OnStep, StepReporter, drop_printer, rows_of, trainer_arguments
 from searche1_lite.logprobs import completion_hidden, token_logprobs
+from searche1_lite.microbatch import micro_batches
 from searche1_lite.model import compute_context, drop_adapter, keep_adapter_fp32, snapshot_adapter, use_adapter
 from searche1_lite.protocol import Protocol
 from searche1_lite.seeding import derive_seed
@@ -142,7 +143,7 @@ def token_kl(
     *,
     pad_id: int,
     temperature: float,
-    batch: int,
+    micro_batch_tokens: int,
 ) -> list[list[float]]:
     """KL(teacher || student) at every token of each student: teacher = the model as it is now, under `prompts`.
 
@@ -150,21 +151,26 @@ def token_kl(
         For each pair a list as long as the student's `completion_ids`, in nats, 0.0 at environment tokens.
     """
     model.eval()
-    result: list[list[float]] = []
-    for first in range(0, len(pairs), batch):
-        rows = [pair.student for pair in pairs[first : first + batch]]
+    result: list[list[float]] = [[] for _ in pairs]
+    lengths = [
+        max(len(pair.student.prompt_ids), len(prompt)) + len(pair.student.completion_ids)
+        for pair, prompt in zip(pairs, prompts, strict=True)
+    ]
+    for batch in micro_batches(lengths, micro_batch_tokens):
+        rows = [pairs[index].student for index in batch]
         completion = _padded([t.completion_ids for t in rows], pad_id, "right", model.device)
         mask = _padded([[1] * len(t.completion_ids) for t in rows], 0, "right", model.device)
         keep = _padded([t.loss_mask for t in rows], 0, "right", model.device).bool()
         hidden = []
-        for batch_prompts in ([t.prompt_ids for t in rows], prompts[first : first + batch]):
+        for batch_prompts in ([t.prompt_ids for t in rows], [prompts[index] for index in batch]):
             ids = _padded(batch_prompts, pad_id, "left", model.device)
             prompt_mask = _padded([[1] * len(row) for row in batch_prompts], 0, "left", model.device)
-            hidden.append(completion_hidden(model, ids, prompt_mask, completion, mask)[keep])
+            hidden.append(completion_hidden(model, ids, prompt_mask, completion, mask, keep))
         values = torch.zeros(completion.shape, device=model.device)
         with compute_context(model):
             values[keep] = divergence(model.get_output_embeddings(), hidden[0], hidden[1], temperature=temperature)
-        result += [values[row, : len(t.completion_ids)].tolist() for row, t in enumerate(rows)]
+        for index, t, found in zip(batch, rows, values, strict=True):
+            result[index] = found[: len(t.completion_ids)].tolist()
     return result
 
 
@@ -190,7 +196,7 @@ def kl_diagnostics(
             prompts,
             pad_id=pad_id,
             temperature=config.engine.temperature,
-            batch=config.ofsd.micro_batch_size,
+            micro_batch_tokens=config.ofsd.micro_batch_tokens,
         )
         tokens = sum(pair.student.n_model_tokens for pair in shown)
         means["pairs" if kind == "privileged" else kind] = sum(map(sum, values)) / max(1, tokens)
@@ -221,7 +227,7 @@ class OFSDTrainer(DistillationTrainer):
         return batch
 
     def _compute_loss(self, unwrapped_student: PeftModel, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
-        """Sum of the per-token loss over the step's number of trained tokens, so that accumulation is exact."""
+        """A micro-batch's sum of the per-token loss over the step's number of trained tokens: they add up exactly."""
         settings = self._settings
         keep = inputs["loss_mask"].bool()
         completion, mask = inputs["completion_ids"], inputs["completion_mask"]
@@ -230,11 +236,16 @@ class OFSDTrainer(DistillationTrainer):
             # Before the student's pass: recomputed activations must find the student's adapter active.
             with as_teacher(unwrapped_student, settings.teacher):
                 teacher_hidden = completion_hidden(
-                    unwrapped_student, inputs["prompt_teacher_ids"], inputs["prompt_teacher_mask"], completion, mask
-                )[keep]
-        hidden = completion_hidden(unwrapped_student, inputs["prompt_ids"], inputs["prompt_mask"], completion, mask)[
-            keep
-        ]
+                    unwrapped_student,
+                    inputs["prompt_teacher_ids"],
+                    inputs["prompt_teacher_mask"],
+                    completion,
+                    mask,
+                    keep,
+                )
+        hidden = completion_hidden(
+            unwrapped_student, inputs["prompt_ids"], inputs["prompt_mask"], completion, mask, keep
+        )
         head = unwrapped_student.get_output_embeddings()
         with compute_context(unwrapped_student):
             if teacher_hidden is None:
@@ -252,17 +263,22 @@ class OFSDTrainer(DistillationTrainer):
         items = num_items_in_batch if num_items_in_batch is not None else keep.sum().clamp(min=1)
         return losses.sum() / items, torch.zeros((), device=losses.device), keep.sum()
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        return super().compute_loss(model, _trim(inputs), return_outputs, **kwargs)
-
-
-def _trim(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Cuts padding columns, the teacher's prompt included."""
-    trimmed = trim_padding({key: value for key, value in inputs.items() if not key.startswith("prompt_teacher")})
-    width = int(inputs["prompt_teacher_mask"].sum(dim=1).max())
-    for key in ("prompt_teacher_ids", "prompt_teacher_mask"):
-        trimmed[key] = inputs[key][:, inputs[key].shape[1] - width :]
-    return trimmed
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """The loss of a whole step and its gradient, in micro-batches. A pair without a token in the loss is left out;
+        if all are, there is no gradient and nothing moves."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        self._step += 1
+        prompts = torch.maximum(inputs["prompt_mask"].sum(dim=1), inputs["prompt_teacher_mask"].sum(dim=1))
+        lengths = prompts + inputs["completion_mask"].sum(dim=1)
+        trained = inputs["loss_mask"].any(dim=1).nonzero().flatten()
+        total = torch.zeros((), device=lengths.device)
+        for batch in micro_batches(lengths[trained].tolist(), self._settings.micro_batch_tokens):
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, rows_of(inputs, trained[batch]))
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
 
 
 def training_rows(protocol: Protocol, pairs: Sequence[Pair], config: Config) -> list[dict[str, Any]]:
@@ -330,8 +346,7 @@ def train_ofsd(
     reporter = StepReporter(describe, on_step, deadline)
     arguments = DistillationConfig(
         **trainer_arguments(model, config, seed=seed, output_dir=output_dir, steps=steps),
-        per_device_train_batch_size=stage.micro_batch_size,
-        gradient_accumulation_steps=stage.batch_size // stage.micro_batch_size,
+        per_device_train_batch_size=stage.batch_size,
         learning_rate=stage.learning_rate,
         warmup_steps=round(stage.warmup_ratio * steps),
         max_grad_norm=stage.max_grad_norm,

@@ -1,6 +1,14 @@
-"""Episodes: the policy writes, searches when it asks to, reads what comes back, and answers."""
+"""Episodes: the policy writes, searches when it asks to, reads what comes back, and answers.
 
-from collections.abc import Callable, Sequence
+A thread searches while other episodes go on writing. On a CPU the moment at which passages are taken up depends on the
+number of steps since they were asked for, never on how fast they came: so a run repeats itself bit for bit.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -8,13 +16,16 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from searche1_lite.config import EngineConfig
-from searche1_lite.engine import Decoder, SampledTurn, UniformStream
-from searche1_lite.model import compute_context
+from searche1_lite.engine import Decoder, SampledTurn, UniformStream, uses_shadow
+from searche1_lite.model import compute_context, shadow_weights
 from searche1_lite.protocol import Action, Protocol, parse_turn
 from searche1_lite.reward import exact_match, extract_answer, f1_score
 from searche1_lite.search.base import Passage, Retriever
 from searche1_lite.seeding import derive_seed
 from searche1_lite.trajectory import Question, Search, Stopped, Trajectory, Turn
+
+HEAD_START = 4
+"""Steps that a search is given, on a CPU, before its passages are waited for."""
 
 
 @dataclass
@@ -35,8 +46,11 @@ class RolloutTimes:
 class Episode:
     """One episode in the making: what the environment does with each turn that the policy writes."""
 
-    def __init__(self, question: Question, sample: int, prompt_ids: list[int], protocol: Protocol) -> None:
-        self.trajectory = Trajectory(question, sample, prompt_ids, [], [], [], [], "end", logprobs=[])
+    def __init__(
+        self, question: Question, sample: int, prompt_ids: list[int], protocol: Protocol, logprobs: bool = False
+    ) -> None:
+        kept: list[float] | None = [] if logprobs else None
+        self.trajectory = Trajectory(question, sample, prompt_ids, [], [], [], [], "end", logprobs=kept)
         self.protocol = protocol
         self.limits = protocol.config
         self.over = False
@@ -49,6 +63,10 @@ class Episode:
         """Tokens the policy may write in its next turn; the environment text before it is counted."""
         used = len(self.trajectory.completion_ids) + len(self._environment_ids)
         return min(self.limits.max_turn_tokens, self.limits.max_completion_tokens - used)
+
+    @property
+    def may_search(self) -> bool:
+        return self.trajectory.n_searches < self.limits.max_searches
 
     def take_turn(self, sampled: SampledTurn) -> Action:
         """Stores the environment's text that was pending and what the policy wrote after it."""
@@ -66,8 +84,8 @@ class Episode:
     def _store(self, ids: list[int], logprobs: list[float], by_model: bool) -> None:
         self.trajectory.completion_ids += ids
         self.trajectory.loss_mask += [int(by_model)] * len(ids)
-        assert self.trajectory.logprobs is not None
-        self.trajectory.logprobs += logprobs
+        if self.trajectory.logprobs is not None:
+            self.trajectory.logprobs += logprobs
 
     def react(self, action: Action, sampled: SampledTurn, passages: list[Passage] | None) -> list[int]:
         """The environment's reply as ids; empty when the episode is over."""
@@ -124,6 +142,7 @@ def rollout(
     k: int,
     seed_parts: Sequence[int | str],
     greedy: bool = False,
+    logprobs: bool = False,
     prompts: Sequence[list[int]] | None = None,
     on_progress: Callable[[int], None] | None = None,
     episode: type[Episode] = Episode,
@@ -137,87 +156,205 @@ def rollout(
     Args:
         model: the policy with the adapter to act with active; its train/eval mode is put back afterwards.
         k: passages a search.
+        logprobs: keep the log-probs of the sampled tokens.
         prompts: token ids of each question's prompt; default: the plain one.
         on_progress: told the number of episodes finished since it was last called.
         episode: the rules of an episode, to be replaced where a benchmark writes the script.
         times: where the time spent is added up, by part.
     """
+    room = protocol.config.max_completion_tokens
+    rows = engine.batch_size
+    if prompts is None:
+        prompts = [protocol.prompt_ids(question.question) for question in questions]
+    else:
+        # Longer prompts than usual, such as those that show a reference: fewer rows, for the same size of KV cache.
+        usual, longest = protocol.config.max_prompt_tokens, max(map(len, prompts), default=0)
+        rows = max(1, rows * (usual + room) // (max(usual, longest) + room))
+    seats = [
+        _Seat(
+            episode(question, sample, prompt, protocol, logprobs),
+            None if greedy else UniformStream(derive_seed(*seed_parts, question.id, sample)),
+            group,
+        )
+        for group, (question, prompt) in enumerate(zip(questions, prompts, strict=True))
+        for sample in range(n)
+    ]
+    if not seats:
+        return []
+    rows = min(rows, len(seats))
+    cpu = model.device.type == "cpu"
+    shadow = uses_shadow(engine, model.device.type, rows)
     was_training = model.training
     model.eval()
-    finished: list[Trajectory] = []
-    rows = engine.batch_size
-    if prompts is not None:
-        # Longer prompts than usual, such as those that show a reference: fewer rows, for the same size of KV cache.
-        usual, room = protocol.config.max_prompt_tokens, protocol.config.max_completion_tokens
-        longest = max((len(prompt) for prompt in prompts), default=0)
-        rows = rows * (usual + room) // (max(usual, longest) + room)
-    per_batch = max(1, rows // n)
     try:
-        for first in range(0, len(questions), per_batch):
-            batch = questions[first : first + per_batch]
-            if prompts is None:
-                batch_prompts = [protocol.prompt_ids(question.question) for question in batch]
-            else:
-                batch_prompts = list(prompts[first : first + per_batch])
-            episodes = [
-                episode(question, sample, prompt, protocol)
-                for question, prompt in zip(batch, batch_prompts, strict=True)
-                for sample in range(n)
-            ]
-            streams = None
-            if not greedy:
-                streams = [
-                    UniformStream(derive_seed(*seed_parts, e.trajectory.question.id, e.trajectory.sample))
-                    for e in episodes
-                ]
-            with compute_context(model):
-                _play(
-                    Decoder(model, tokenizer, batch_prompts, n),
-                    retriever,
-                    episodes,
-                    streams,
-                    engine.temperature,
-                    k,
-                    on_progress,
-                )
-            finished += [one.finish() for one in episodes]
+        with compute_context(model), shadow_weights(model, shadow), ThreadPoolExecutor(1, "search") as thread:
+            decoder = Decoder(
+                model,
+                tokenizer,
+                rows,
+                max(map(len, prompts)) + room,
+                temperature=engine.temperature,
+                greedy=greedy,
+                logprobs=logprobs,
+            )
+            _Play(decoder, retriever, k, thread, rows, cpu, times or RolloutTimes(), on_progress).run(seats)
+            del decoder
     finally:
         model.train(was_training)
-    return finished
+        if not cpu:
+            torch.cuda.empty_cache()
+    return [seat.episode.finish() for seat in seats]
 
 
-def _play(
-    decoder: Decoder,
-    retriever: Retriever,
-    episodes: Sequence[Episode],
-    streams: Sequence[UniformStream] | None,
-    temperature: float,
-    k: int,
-    on_progress: Callable[[int], None] | None,
-) -> None:
-    """Plays episodes turn by turn; all searches of a turn go to the retriever as one batch."""
-    rows = list(range(len(episodes)))
-    while rows:
-        row_streams = [streams[row] for row in rows] if streams is not None else None
-        sampled = decoder.sample_turn([episodes[row].budget for row in rows], temperature, row_streams)
-        actions = [episodes[row].take_turn(turn) for row, turn in zip(rows, sampled, strict=True)]
-        asking = [
-            position
-            for position, (row, action) in enumerate(zip(rows, actions, strict=True))
-            if action.kind == "search" and episodes[row].trajectory.n_searches < episodes[row].limits.max_searches
-        ]
-        found = retriever.search([actions[position].content for position in asking], k) if asking else []
-        passages = dict(zip(asking, found, strict=True))
-        replies = [
-            episodes[row].react(actions[position], sampled[position], passages.get(position))
-            for position, row in enumerate(rows)
-        ]
-        going_on = [position for position, row in enumerate(rows) if not episodes[row].over]
-        if on_progress is not None and len(going_on) < len(rows):
-            on_progress(len(rows) - len(going_on))
-        if not going_on:
-            return
-        if len(going_on) < len(rows):
-            decoder.keep(going_on)
-        decoder.append([replies[position] for position in going_on])
-        rows = [rows[position] for position in going_on]
+@dataclass(slots=True, eq=False)
+class _Seat:
+    """An episode and the slot it has, if it has one."""
+
+    episode: Episode
+    stream: UniformStream | None
+    group: int
+    """Which question it is of: those of one group have the same prompt."""
+    slot: int = -1
+
+
+@dataclass(slots=True)
+class _Asked:
+    """The searches of one step, on their way."""
+
+    turns: list[tuple[_Seat, Action, SampledTurn]]
+    found: "Future[list[list[Passage]]]"
+    step: int
+
+
+class _Play:
+    """Plays episodes in the decoder's slots: whoever waits for text to read makes room for others to write.
+
+    Prompts and replies are read by many rows at a time: when an eighth of the slots has something to read, or when
+    there is nothing to write.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        retriever: Retriever,
+        k: int,
+        thread: ThreadPoolExecutor,
+        rows: int,
+        in_step: bool,
+        times: RolloutTimes,
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        self._decoder, self._retriever, self._k, self._thread = decoder, retriever, k, thread
+        self._in_step, self._times, self._on_progress = in_step, times, on_progress
+        self._at: list[_Seat | None] = [None] * rows
+        self._quorum = max(1, rows // 8)
+        self._step = 0
+        self._queue: deque[_Seat] = deque()
+        self._asked: deque[_Asked] = deque()
+        self._replies: list[tuple[_Seat, list[int]]] = []
+
+    def run(self, seats: Sequence[_Seat]) -> None:
+        began = time.perf_counter()
+        self._queue.extend(seats)
+        while self._queue or any(self._at):
+            writing = bool(self._decoder.writing.any())
+            free = min(self._at.count(None), len(self._queue))
+            arrived = [asked for asked in self._asked if self._has_arrived(asked)]
+            ready = len(self._replies) + free + sum(len(asked.turns) for asked in arrived)
+            if ready >= self._quorum or not writing:
+                self._take_up(arrived if writing or ready else list(self._asked))
+                self._read()
+            if self._decoder.writing.any():
+                self._write()
+        self._times.total += time.perf_counter() - began
+
+    def _has_arrived(self, asked: _Asked) -> bool:
+        return self._step - asked.step >= HEAD_START if self._in_step else asked.found.done()
+
+    def _take_up(self, arrived: Sequence[_Asked]) -> None:
+        """Turns the passages that were found into replies."""
+        for asked in arrived:
+            with self._clock("search_wait"):
+                found = asked.found.result()
+            self._asked.remove(asked)
+            for (seat, action, turn), passages in zip(asked.turns, found, strict=True):
+                self._reply(seat, action, turn, passages)
+
+    def _read(self) -> None:
+        """Gives free slots to new episodes, and has their prompts and all replies read."""
+        chunks: dict[_Seat, list[int]] = {}
+        shared: list[tuple[_Seat, _Seat]] = []
+        first = {seat.group: seat for seat in self._at if seat is not None}
+        fresh: list[_Seat] = []
+        for slot in [slot for slot, seat in enumerate(self._at) if seat is None][: len(self._queue)]:
+            seat = self._queue.popleft()
+            seat.slot, self._at[slot] = slot, seat
+            fresh.append(seat)
+            if (sibling := first.setdefault(seat.group, seat)) is seat:
+                chunks[seat] = seat.episode.trajectory.prompt_ids[:-1]
+            else:
+                shared.append((sibling, seat))
+        for seat, ids in self._replies:
+            chunks[seat] = ids[:-1]
+        with self._clock("prefill"):
+            self._decoder.prefill([seat.slot for seat in chunks], list(chunks.values()))
+            for sibling, seat in shared:
+                self._decoder.share(sibling.slot, seat.slot, len(seat.episode.trajectory.prompt_ids) - 1)
+        self._times.prefill_tokens += sum(map(len, chunks.values()))
+        # The last id of a text is fed by the step that writes the first one after it.
+        for seat, ids in [(seat, seat.episode.trajectory.prompt_ids) for seat in fresh] + self._replies:
+            self._decoder.begin(seat.slot, ids[-1], seat.episode.budget, seat.stream)
+        self._replies = []
+
+    def _write(self) -> None:
+        """One token each, and what follows from the turns that it ended."""
+        with self._clock("decode"):
+            ended = self._decoder.step()
+        self._step += 1
+        self._times.decode_steps += 1
+        searches: list[tuple[_Seat, Action, SampledTurn]] = []
+        over = 0
+        # Slots change while the episodes that are over give theirs back.
+        for seat, turn in [(self._at[slot], turn) for slot, turn in ended]:
+            assert seat is not None
+            action = seat.episode.take_turn(turn)
+            if action.kind == "search" and seat.episode.may_search:
+                searches.append((seat, action, turn))
+            else:
+                over += self._reply(seat, action, turn, None)
+        if searches:
+            queries = [action.content for _, action, _ in searches]
+            self._asked.append(_Asked(searches, self._thread.submit(self._search, queries), self._step))
+        if over and self._on_progress is not None:
+            self._on_progress(over)
+
+    def _reply(self, seat: _Seat, action: Action, turn: SampledTurn, passages: list[Passage] | None) -> bool:
+        """Lets the environment react; whether the episode is over with it."""
+        ids = seat.episode.react(action, turn, passages)
+        if seat.episode.over:
+            self._free(seat)
+        else:
+            self._replies.append((seat, turn.ids[-1:] + ids))
+        return seat.episode.over
+
+    def _free(self, seat: _Seat) -> None:
+        """Gives the slot back. When no one queues for it, the last row takes it, so that steps take fewer rows."""
+        self._decoder.release(seat.slot)
+        self._at[seat.slot] = None
+        last = next((other for other in reversed(self._at) if other is not None), None)
+        if not self._queue and last is not None and last.slot > seat.slot:
+            self._decoder.move(last.slot, seat.slot)
+            self._at[last.slot], self._at[seat.slot] = None, last
+            last.slot = seat.slot
+
+    def _search(self, queries: list[str]) -> list[list[Passage]]:
+        with self._clock("search"):
+            return self._retriever.search(queries, self._k)
+
+    @contextmanager
+    def _clock(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self._times, part, getattr(self._times, part) + time.perf_counter() - began)

@@ -168,19 +168,25 @@ def recorded_gradients(model: PeftModel) -> Iterator[Callable[[Trajectory], torc
     """
     rows: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def keep(ids: torch.Tensor, mask: torch.Tensor, gradient: torch.Tensor) -> None:
+    def without_padding(ids: Sequence[int]) -> tuple[int, ...]:
+        padding = model.get_base_model().config.pad_token_id  # the trainer sets it where it is missing
+        end = next((end for end in range(len(ids), 0, -1) if ids[end - 1] != padding), 0)
+        return tuple(ids[:end])
+
+    def keep(ids: torch.Tensor, gradient: torch.Tensor) -> None:
         for row in range(len(ids)):
-            real = mask[row].bool()
-            rows[tuple(ids[row][real].tolist())] = gradient[row][real]
+            rows[without_padding(ids[row].tolist())] = gradient[row]
 
     def watch(module: torch.nn.Module, args: tuple, kwargs: dict, output: BaseModelOutputWithPast) -> None:
         hidden = output.last_hidden_state
         if hidden.requires_grad:
-            hidden.register_hook(lambda gradient: keep(kwargs["input_ids"], kwargs["attention_mask"], gradient))
+            hidden.register_hook(lambda gradient: keep(kwargs["input_ids"], gradient))
 
     def of(trajectory: Trajectory) -> torch.Tensor:
-        gradient = rows[(*trajectory.prompt_ids, *trajectory.completion_ids)]
-        return gradient[len(trajectory.prompt_ids) - 1 : -1]
+        prompt = len(trajectory.prompt_ids)
+        gradient = rows[without_padding([*trajectory.prompt_ids, *trajectory.completion_ids])]
+        assert torch.all(gradient[prompt + len(trajectory.completion_ids) - 1 :] == 0.0), "none from padding"
+        return gradient[prompt - 1 : prompt + len(trajectory.completion_ids) - 1]
 
     handle = model.get_base_model().base_model.register_forward_hook(watch, with_kwargs=True)
     try:

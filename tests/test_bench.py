@@ -17,7 +17,16 @@ from searche1_lite.bench import _one_step, bench, standard_workload
 from searche1_lite.config import Config, dump_config, load_config, parse_config, preset_names
 from searche1_lite.console import bench_table
 from searche1_lite.errors import UserError
-from searche1_lite.measure import _dense_step, _grpo_step, _ofsd_step, measure, save_random_base
+from searche1_lite.measure import (
+    _dense_step,
+    _grpo_step,
+    _ofsd_step,
+    full_pairs,
+    full_trajectories,
+    measure,
+    save_random_base,
+)
+from searche1_lite.microbatch import fullest, micro_batches
 from searche1_lite.model import load_policy
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
@@ -33,7 +42,7 @@ def settings(model: Path | str, *overrides: str) -> Config:
         [
             f"model.name={model}", "model.gradient_checkpointing=true", "protocol.max_prompt_tokens=64",
             "protocol.max_completion_tokens=448", "engine.batch_size=8", "grpo.steps=1", "grpo.questions_per_step=1",
-            "grpo.group_size=3", "grpo.micro_batch_size=3", "ofsd.batch_size=3", "ofsd.micro_batch_size=3",
+            "grpo.group_size=3", "grpo.micro_batch_tokens=1536", "ofsd.batch_size=3", "ofsd.micro_batch_tokens=2880",
             "ofsd.epochs=1", *overrides,
         ],
     )  # fmt: skip
@@ -136,7 +145,7 @@ def test_ours_and_the_dense_distillation_step_are_the_same_task(tmp_path: Path) 
 
 def test_a_stage_that_does_not_fit_into_the_memory_is_told_as_none(base: Path, tmp_path: Path) -> None:
     """In a process that may map no more than 6 GiB; the dense logits alone would take 11.8 GB."""
-    config = settings(base, "grpo.questions_per_step=32", "grpo.micro_batch_size=96")
+    config = settings(base, "grpo.questions_per_step=32", "grpo.micro_batch_tokens=49152")
     file = tmp_path / "config.yaml"
     program = (
         "import json, resource, sys; from pathlib import Path; from searche1_lite.config import load_config\n"
@@ -152,31 +161,40 @@ def test_a_stage_that_does_not_fit_into_the_memory_is_told_as_none(base: Path, t
 
 def test_a_measurement_that_fails_is_one_line(tmp_path: Path) -> None:
     config = settings("demo")
-    config.grpo.micro_batch_size = 2
+    config.grpo.micro_batch_tokens = 0
     with pytest.raises(UserError) as caught:
         measure("GRPO step", config)
     assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
     assert str(caught.value).startswith("measuring the GRPO step failed: ")
-    assert "grpo.micro_batch_size=2 must divide" in str(caught.value)
+    assert "grpo.micro_batch_tokens=0 is impossible" in str(caught.value)
 
 
 @pytest.mark.parametrize("preset", preset_names())
-def test_a_presets_stages_are_measured_on_one_step_of_two_micro_batches(preset: str) -> None:
+def test_a_presets_stages_are_measured_on_one_step_of_two_full_micro_batches(preset: str) -> None:
     config = load_config(preset)
     short = _one_step(config, Path("base"))
     assert parse_config(asdict(short)) == short and short.model.name == "base", "possible settings"
     assert (short.protocol, short.engine) == (config.protocol, config.engine)
-    assert short.grpo.micro_batch_size == config.grpo.micro_batch_size
-    assert short.ofsd.micro_batch_size == config.ofsd.micro_batch_size
+    assert short.grpo.micro_batch_tokens == config.grpo.micro_batch_tokens
+    assert short.ofsd.micro_batch_tokens == config.ofsd.micro_batch_tokens
     assert short.grpo.steps == short.ofsd.epochs == 1
-    assert short.grpo.questions_per_step * short.grpo.group_size == 2 * short.grpo.micro_batch_size
-    assert short.ofsd.batch_size == 2 * short.ofsd.micro_batch_size
+    prompt, completion = config.protocol.max_prompt_tokens, config.protocol.max_completion_tokens
+    rollouts = short.grpo.questions_per_step * short.grpo.group_size
+    grpo = micro_batches([prompt + completion] * rollouts, config.grpo.micro_batch_tokens)
+    fullest_, _ = fullest(prompt + completion, config.grpo.micro_batch_tokens, rollouts)
+    assert [len(batch) for batch in grpo] == [fullest_] * 2
+    teachers, students = full_pairs(config)
+    assert short.ofsd.batch_size == teachers + students
+    lengths = [prompt + 2 * completion] * teachers + [prompt + completion] * students
+    ofsd = micro_batches(lengths, config.ofsd.micro_batch_tokens)
+    assert [len(batch) for batch in ofsd] == [teachers, students]
 
 
 def test_the_standard_workload_is_one_trajectory_of_4096_tokens_at_a_time() -> None:
     config = standard_workload()
     assert config.protocol.max_prompt_tokens + config.protocol.max_completion_tokens == 4096
-    assert config.grpo.micro_batch_size == config.ofsd.micro_batch_size == 1
+    assert config.grpo.micro_batch_tokens == config.ofsd.micro_batch_tokens == 4096
+    assert full_trajectories(config) == 1 and full_pairs(config) == (1, 1)
     assert config.grpo.steps == 1 and config.ofsd.enabled
 
 

@@ -470,7 +470,7 @@ def test_public_training_questions_that_are_evaluated_are_left_out_and_counted(
     def load(train: str, evaluation: str, **more: Any) -> tuple[list[str], list[str], list[str]]:
         notices: list[str] = []
         data = DataConfig(train=train, evaluation=evaluation, **more)
-        stage = GRPOStageConfig(questions_per_step=1, micro_batch_size=1)
+        stage = GRPOStageConfig(questions_per_step=1)
         found = load_run_questions(Config(data=data, grpo=stage), notices.append)
         return [question.id for question in found[0]], [question.id for question in found[1]], notices
 

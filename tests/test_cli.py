@@ -100,7 +100,7 @@ def test_help_loads_nothing_heavy(tmp_path: Path, words: list[str]) -> None:
         ("train --preset demo grpo.step=3", "unknown config key grpo.step; did you mean grpo.steps?"),
         ("ask Who? --config misspelt.yaml", "unknown config key search.passages; known here: corpus, index, k,"),
         ("train grpo.clip=-1", "grpo.clip=-1 is impossible"),
-        ("train grpo.micro_batch_size=7", "grpo.micro_batch_size=7 must divide"),
+        ("train grpo.micro_batch_tokens=0", "grpo.micro_batch_tokens=0 is impossible"),
         ("train seed", "'seed' is not an override; write key=value"),
         ("train --config missing.yaml", "cannot read the config missing.yaml"),
         ("eval --config twice.yaml", "twice.yaml:2: not valid YAML (key 'seed' stands twice)"),

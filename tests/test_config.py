@@ -81,7 +81,7 @@ def test_an_override_is_read_as_yaml(override: str, key: str, value: object) -> 
         ("gropo.steps=3", "unknown config key gropo; did you mean grpo?"),
         ("steps=3", "unknown config key steps; did you mean grpo.steps?"),
         ("grpo.temperature=1", "unknown config key grpo.temperature; did you mean engine.temperature?"),
-        ("micro_batch_size=1", "did you mean grpo.micro_batch_size or ofsd.micro_batch_size?"),
+        ("micro_batch_tokens=1", "did you mean grpo.micro_batch_tokens or ofsd.micro_batch_tokens?"),
         ("search.zzz=1", "unknown config key search.zzz; known here: corpus, index, k, k1, b, threads"),
     ],
 )
@@ -154,9 +154,6 @@ def test_an_impossible_value_is_refused_by_its_key(override: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["grpo.micro_batch_size=7"], ["grpo.micro_batch_size=7", "= 80"]),
-        (["grpo.questions_per_step=3", "grpo.group_size=3"], ["grpo.micro_batch_size=4", "= 9"]),
-        (["ofsd.micro_batch_size=5"], ["ofsd.micro_batch_size=5", "ofsd.batch_size=16"]),
         (["protocol.max_turn_tokens=4000"], ["protocol.max_turn_tokens=4000", "protocol.max_completion_tokens=3072"]),
         (["protocol.plain_template=Hello"], ["protocol.plain_template", "{question}"]),
         (["protocol.plain_template='{question} {question}'"], ["protocol.plain_template", "exactly once"]),
@@ -171,8 +168,8 @@ def test_values_that_do_not_go_together_are_refused_and_named(overrides: list[st
 
 
 def test_values_that_do_go_together_are_taken() -> None:
-    config = load_config(overrides=["grpo.questions_per_step=3", "grpo.group_size=3", "grpo.micro_batch_size=9"])
-    assert config.grpo.micro_batch_size == 9
+    config = load_config(overrides=["grpo.questions_per_step=3", "grpo.group_size=3", "grpo.micro_batch_tokens=100"])
+    assert config.grpo.micro_batch_tokens == 100, "a budget need not hold whole sequences, nor divide anything"
 
 
 @pytest.mark.parametrize(
@@ -254,10 +251,10 @@ def test_larger_cards_presets_do_the_same_faster() -> None:
     configs = [load_config(DEFAULT_PRESETS[size]) for size in sorted(DEFAULT_PRESETS)]
     for smaller, larger in itertools.pairwise(configs):
         assert smaller.engine.batch_size < larger.engine.batch_size
-        assert smaller.grpo.micro_batch_size <= larger.grpo.micro_batch_size
+        assert smaller.grpo.micro_batch_tokens <= larger.grpo.micro_batch_tokens
         differing = {key for key, value in flatten(smaller).items() if flatten(larger)[key] != value}
         adapter = {"model.lora_rank", "model.lora_alpha"}
-        assert differing <= {"engine.batch_size", "grpo.micro_batch_size", "ofsd.micro_batch_size"} | adapter
+        assert differing <= {"engine.batch_size", "grpo.micro_batch_tokens", "ofsd.micro_batch_tokens"} | adapter
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from searche1_lite.doctor import CUDA_RESERVE, GIB, advise, examine, model_shape
 from searche1_lite.memory import MemoryPlan, plan_memory
 
 CHECKS = ["packages", "Java", "GPU", "bitsandbytes", "kernels", "disk", "hub", "search"]
-SMALL = ["engine.batch_size=4", "grpo.micro_batch_size=1", "ofsd.micro_batch_size=1"]
+SMALL = ["engine.batch_size=4", "grpo.micro_batch_tokens=896", "ofsd.micro_batch_tokens=896"]
 
 EXAMINE = """
 import json, sys
@@ -213,8 +213,9 @@ def test_what_fits_needs_no_advice() -> None:
 
 
 def test_a_line_tells_the_stage_what_it_takes_and_what_there_is() -> None:
-    (line,) = advise(Config(), made_up(grpo=3072), 2048 * 2**20)
-    assert line == "GRPO step: 3.0 GiB are more than 2.0; try grpo.micro_batch_size=2"
+    config = load_config("qwen2.5-3b-24gb")
+    (line,) = advise(config, made_up(grpo=3072), 2048 * 2**20)
+    assert line == "GRPO step: 3.0 GiB are more than 2.0; try grpo.micro_batch_tokens=8192"
 
 
 @pytest.mark.parametrize(("capacity", "fitting"), [(99, 9), (91, 9), (90, 9), (89, 8), (50, 5), (10, 1)])
@@ -231,26 +232,30 @@ def test_rollouts_of_which_not_one_fits_need_shorter_episodes() -> None:
 @pytest.mark.parametrize(("stage", "section"), [("GRPO step", "grpo"), ("OFSD step", "ofsd")])
 def test_training_gives_up_speed_first_then_rows_and_length_last(stage: str, section: str) -> None:
     plan = made_up(**{section: 100})
-    shape = ["grpo.questions_per_step=6", "grpo.group_size=5", "ofsd.batch_size=30"]
+    shape = [
+        "grpo.questions_per_step=6", "grpo.group_size=5", "ofsd.batch_size=30", "protocol.max_turn_tokens=20",
+        "protocol.max_prompt_tokens=40", "protocol.max_completion_tokens=60",
+    ]  # fmt: skip
     plain = "model.gradient_checkpointing=false"
 
     def knob(size: int, *more: str) -> str:
-        sizes = [f"{name}.micro_batch_size={size if name == section else 1}" for name in ("grpo", "ofsd")]
+        sizes = [f"{name}.micro_batch_tokens={size if name == section else 1}" for name in ("grpo", "ofsd")]
         (found,) = knobs(plan, 99, *shape, *sizes, *more).items()
         assert found[0] == stage
         if "=" in found[1]:  # it is an override, and one that is taken
             load_config(None, None, [*shape, *sizes, *more, found[1]])
         return found[1]
 
-    assert knob(6, plain) == knob(1, plain) == "model.gradient_checkpointing=true"
-    for size, smaller in ((30, 15), (15, 5), (10, 5), (6, 3), (5, 1), (2, 1)):
-        assert knob(size) == f"{section}.micro_batch_size={smaller}"
-    assert knob(1) == "a smaller protocol.max_completion_tokens"
+    assert knob(600, plain) == knob(1, plain) == "model.gradient_checkpointing=true"
+    for size, smaller in ((9000, 1500), (3000, 1500), (1500, 700), (700, 300), (250, 100), (200, 100), (101, 100)):
+        assert knob(size) == f"{section}.micro_batch_tokens={smaller}"
+    assert knob(100) == knob(1) == "a smaller protocol.max_completion_tokens"
 
 
 def test_followed_advice_leads_to_a_plan_that_fits(tiny_policy_folder: Path) -> None:
     overrides = [
-        f"model.name={tiny_policy_folder}", "engine.batch_size=256", "grpo.micro_batch_size=40", "ofsd.enabled=false",
+        f"model.name={tiny_policy_folder}", "engine.batch_size=256", "grpo.micro_batch_tokens=35840",
+        "ofsd.enabled=false",
     ]  # fmt: skip
     capacity, followed = 100 * 2**20, []
     while len(followed) < 6:
@@ -260,5 +265,5 @@ def test_followed_advice_leads_to_a_plan_that_fits(tiny_policy_folder: Path) -> 
             break
         followed += [line.rpartition("; try ")[2] for line in advice]
     assert max(plan.peaks.values()) <= capacity
-    assert {"model.gradient_checkpointing=true", "grpo.micro_batch_size=20"} <= set(followed)
+    assert {"model.gradient_checkpointing=true", "grpo.micro_batch_tokens=17920"} <= set(followed)
     assert any(knob.startswith("engine.batch_size=") for knob in followed)

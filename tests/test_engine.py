@@ -1,10 +1,29 @@
-"""The kept cache gives what a fresh prefill gives, and sampling depends on the trajectory's own seed alone."""
+"""Slots give what a fresh prefill gives, and sampling depends on the trajectory's own seed alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+import numpy as np
 import pytest
 import torch
+from conftest import byte_level_tokenizer, fresh_policy, tiny_config
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, Qwen2ForCausalLM, Qwen3NextConfig
 
 from searche1_lite import engine
-from searche1_lite.engine import Decoder, UniformStream, pick_tokens
+from searche1_lite.config import ModelConfig
+from searche1_lite.engine import (
+    Decoder,
+    SlotCache,
+    TagAutomaton,
+    UniformStream,
+    grouped_attention,
+    pick_tokens,
+)
+from searche1_lite.errors import UserError
+from searche1_lite.model import load_policy, resolve_model, shadow_weights
+from searche1_lite.protocol import STOP_TAGS
 from searche1_lite.seeding import derive_seed
 
 
@@ -13,96 +32,288 @@ def fresh_logits(model, ids: list[int]) -> torch.Tensor:
         return model(input_ids=torch.tensor([ids])).logits[0, -1]
 
 
-@pytest.mark.parametrize(("prefill_tokens", "holes"), [(4096, 64), (9, 64), (1, 64), (4096, 0), (9, 5)])
+@contextmanager
+def seen_logits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
+    """The logits of every step, (rows, V) each."""
+    seen: list[torch.Tensor] = []
+    real = engine.pick_tokens
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "pick_tokens", lambda logits, *rest: (seen.append(logits), real(logits, *rest))[1])
+        yield seen
+
+
+def turn(decoder: Decoder, slots: dict[int, list[int]], budget: int = 4) -> dict[int, list[int]]:
+    """Has each slot read its text and write one turn; what each wrote."""
+    decoder.prefill(list(slots), [ids[:-1] for ids in slots.values()])
+    for slot, ids in slots.items():
+        decoder.begin(slot, ids[-1], budget, UniformStream(slot))
+    written = {}
+    while decoder.writing.any():
+        written |= {slot: sampled.ids for slot, sampled in decoder.step()}
+    return written
+
+
+@pytest.mark.parametrize("prefill_tokens", [4096, 30, 1])
+@pytest.mark.parametrize("shadow", [True, False])
 @torch.inference_mode()
 def test_kept_kv_equals_a_fresh_prefill_over_three_uneven_turns(
-    tiny_policy, monkeypatch, prefill_tokens: int, holes: int
+    tiny_policy, monkeypatch, prefill_tokens: int, shadow: bool
 ) -> None:
     monkeypatch.setattr(engine, "PREFILL_TOKENS", prefill_tokens)
-    monkeypatch.setattr(engine, "HOLES", holes)
     model, tokenizer = tiny_policy
-    rows = [list(b"What?"), list(b"A much longer prompt than the others"), list(b"Mid one")]
-    decoder = Decoder(model, tokenizer, rows)
-    for turn in range(3):
-        for row, turns in enumerate(decoder.sample_turn([3 + turn, 5, 2], 1.0, None)):
-            rows[row] = rows[row] + turns.ids
-        texts = [list(b" docs" * (turn + 1)), [], list(b"x")]
-        decoder.append(texts)
-        rows = [row + text for row, text in zip(rows, texts, strict=True)]
-        for row, ids in enumerate(rows):
-            torch.testing.assert_close(decoder.logits[row], fresh_logits(model, ids), atol=1e-5, rtol=1e-5)
-        if turn == 1:
-            decoder.keep([2, 0])
-            rows = [rows[2], rows[0]]
-            break
+    rows = {0: list(b"What?"), 2: list(b"A much longer prompt than the others"), 3: list(b"Mid one")}
+    with shadow_weights(model, shadow), seen_logits(monkeypatch) as seen:
+        decoder = Decoder(model, tokenizer, 5, 300, greedy=True)
+        texts = dict(rows)
+        for index in range(3):
+            seen.clear()
+            written = turn(decoder, texts, budget=index + 2)
+            for slot, ids in rows.items():
+                torch.testing.assert_close(seen[0][slot], fresh_logits(model, ids), atol=1e-5, rtol=1e-5)
+                rows[slot] = ids + written[slot]
+            texts = {slot: [rows[slot][-1], *b" docs" * (1 + (slot + index) % 3)] for slot in rows}
+            rows = {slot: ids + texts[slot][1:] for slot, ids in rows.items()}
+    assert len(rows[2]) > 45
 
 
 @torch.inference_mode()
-def test_rows_that_are_dropped_leave_the_others_as_they_were(tiny_policy) -> None:
+def test_rows_that_are_shared_moved_and_given_back_leave_the_others_as_they_were(tiny_policy, monkeypatch) -> None:
     model, tokenizer = tiny_policy
-    decoder = Decoder(model, tokenizer, [list(b"one"), list(b"second row"), list(b"3")])
-    decoder.keep([2, 0])
-    decoder.append([list(b" more"), list(b"!")])
-    torch.testing.assert_close(decoder.logits[0], fresh_logits(model, list(b"3 more")), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(decoder.logits[1], fresh_logits(model, list(b"one!")), atol=1e-5, rtol=1e-5)
+    prompts = [list(b"one"), list(b"second row"), list(b"3")]
+    decoder = Decoder(model, tokenizer, 4, 100, greedy=True)
+    decoder.prefill([0, 1, 2], [ids[:-1] for ids in prompts])
+    decoder.share(1, 3, len(prompts[1]) - 1)  # a sibling
+    decoder.release(0)
+    decoder.move(2, 0)
+    decoder.prefill([2], [list(b"another, longer than what was here before")])
+    for slot, token in ((0, prompts[2][-1]), (1, prompts[1][-1]), (2, ord("!")), (3, prompts[1][-1])):
+        decoder.begin(slot, token, 2, None)
+    with seen_logits(monkeypatch) as seen:
+        decoder.step()
+    texts = [prompts[2], prompts[1], list(b"another, longer than what was here before!"), prompts[1]]
+    for slot, ids in enumerate(texts):
+        torch.testing.assert_close(seen[0][slot], fresh_logits(model, ids), atol=1e-5, rtol=1e-5)
 
 
 @torch.inference_mode()
-def test_the_cache_stays_about_as_long_as_its_longest_row(tiny_policy, monkeypatch) -> None:
-    """Rows that write and read in turns would else leave a hole in all the others each time."""
-    monkeypatch.setattr(engine, "HOLES", 8)
+def test_a_row_is_moved_in_the_middle_of_a_turn_and_writes_on(tiny_policy) -> None:
     model, tokenizer = tiny_policy
-    decoder = Decoder(model, tokenizer, [list(b"one"), list(b"two"), list(b"three")])
-    rows = [list(b"one"), list(b"two"), list(b"three")]
-    for turn in range(9):
-        texts = [list(b"a longer text " * (turn % 3 == row)) for row in range(3)]
-        decoder.append(texts)
-        rows = [row + text for row, text in zip(rows, texts, strict=True)]
-    assert decoder._mask.shape[1] <= max(map(len, rows)) + 8 + 14 < 9 * 14
-    assert decoder._cache.layers[0].keys.shape[2] == decoder._mask.shape[1]
-    for row, ids in enumerate(rows):
-        torch.testing.assert_close(decoder.logits[row], fresh_logits(model, ids), atol=1e-5, rtol=1e-5)
+
+    def sample(move: bool) -> list[int]:
+        decoder = Decoder(model, tokenizer, 3, 100)
+        decoder.prefill([2], [list(b"Where is Lim")])
+        decoder.begin(2, ord("a"), 12, UniformStream(7))
+        ended = [decoder.step() for _ in range(5)]
+        if move:
+            decoder.move(2, 0)
+        while decoder.writing.any():
+            ended.append(decoder.step())
+        return ended[-1][0][1].ids
+
+    assert sample(True) == sample(False) and len(sample(True)) > 6
 
 
+@pytest.mark.parametrize("shadow", [True, False])
 @torch.inference_mode()
-def test_greedy_tokens_equal_generate(tiny_policy) -> None:
+def test_greedy_tokens_equal_generates_on_64_questions_with_three_turns_each(tiny_policy, shadow: bool) -> None:
+    """`generate` prefills every row by itself, from its beginning, in every turn."""
     model, tokenizer = tiny_policy
-    prompt = list(b"Where is Lima")
-    turn = Decoder(model, tokenizer, [prompt]).sample_turn([12], 1.0, None)[0]
-    generated = model.generate(
-        input_ids=torch.tensor([prompt]), max_new_tokens=len(turn.ids), do_sample=False, pad_token_id=0
-    )[0, len(prompt) :].tolist()
-    assert turn.ids == generated
+    rng = Random(0)
+    rows = {slot: [*b"Q: ", *rng.choices(range(97, 123), k=rng.randrange(1, 30))] for slot in range(64)}
+    with shadow_weights(model, shadow):
+        decoder = Decoder(model, tokenizer, 64, 300, greedy=True)
+        texts, turns = dict(rows), []
+        for _ in range(3):
+            written = turn(decoder, texts, budget=6)
+            turns.append([(rows[slot], written[slot]) for slot in rows])
+            replies = {slot: rng.choices(range(97, 123), k=rng.randrange(0, 40)) for slot in rows}
+            texts = {slot: [written[slot][-1], *replies[slot]] for slot in rows}
+            rows = {slot: ids + written[slot] + replies[slot] for slot, ids in rows.items()}
+    for before, ids in (pair for pairs in turns for pair in pairs):
+        generated = model.generate(
+            input_ids=torch.tensor([before]),
+            attention_mask=torch.ones((1, len(before)), dtype=torch.long),
+            max_new_tokens=len(ids),
+            do_sample=False,
+            pad_token_id=0,
+        )
+        assert generated[0, len(before) :].tolist() == ids
 
 
 @torch.inference_mode()
 def test_a_sampled_row_does_not_depend_on_its_neighbours(tiny_policy) -> None:
     model, tokenizer = tiny_policy
-    prompt = list(b"Q: Lima")
 
     def sample(neighbours: int) -> list[int]:
-        prompts = [list(b"other prompt %d" % index) for index in range(neighbours)] + [prompt]
-        streams = [UniformStream(derive_seed(index)) for index in range(neighbours)] + [
-            UniformStream(derive_seed("own"))
-        ]
-        return Decoder(model, tokenizer, prompts).sample_turn([20] * len(prompts), 1.0, streams)[-1].ids
+        decoder = Decoder(model, tokenizer, neighbours + 1, 100)
+        prompts = [list(b"other prompt %d" % index) for index in range(neighbours)] + [list(b"Q: Lima")]
+        decoder.prefill(range(neighbours + 1), [ids[:-1] for ids in prompts])
+        for slot, ids in enumerate(prompts):
+            decoder.begin(slot, ids[-1], 20, UniformStream(derive_seed("own" if slot == neighbours else slot)))
+        while decoder.writing[neighbours]:
+            ended = dict(decoder.step())
+        return ended[neighbours].ids
 
     alone = sample(0)
-    assert sample(2) == alone and sample(7) == alone
+    assert len(alone) > 5 and sample(2) == alone and sample(7) == alone and sample(63) == alone
 
 
 @torch.inference_mode()
 def test_sampled_logprobs_equal_recomputed_ones(tiny_policy) -> None:
     model, tokenizer = tiny_policy
     prompt = list(b"Q: Quito")
-    turn = Decoder(model, tokenizer, [prompt]).sample_turn([16], 0.7, [UniformStream(3)])[0]
-    logits = model(input_ids=torch.tensor([prompt + turn.ids])).logits[0, len(prompt) - 1 : -1]
-    expected = torch.log_softmax(logits / 0.7, dim=-1).gather(1, torch.tensor(turn.ids).unsqueeze(1)).squeeze(1)
-    torch.testing.assert_close(torch.tensor(turn.logprobs), expected, atol=1e-4, rtol=1e-4)
+    decoder = Decoder(model, tokenizer, 1, 100, temperature=0.7, logprobs=True)
+    decoder.prefill([0], [prompt[:-1]])
+    decoder.begin(0, prompt[-1], 16, UniformStream(3))
+    while decoder.writing.any():
+        ended = decoder.step()
+    sampled = ended[0][1]
+    logits = model(input_ids=torch.tensor([prompt + sampled.ids])).logits[0, len(prompt) - 1 : -1]
+    expected = torch.log_softmax(logits / 0.7, dim=-1).gather(1, torch.tensor(sampled.ids).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(torch.tensor(sampled.logprobs), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_logprobs_are_kept_only_on_request(tiny_policy) -> None:
+    model, tokenizer = tiny_policy
+    decoder = Decoder(model, tokenizer, 1, 100)
+    decoder.begin(0, 65, 3, UniformStream(3))
+    while decoder.writing.any():
+        ended = decoder.step()
+    assert len(ended[0][1].ids) == 3 and ended[0][1].logprobs == []
 
 
 def test_inverse_cdf_sampling_follows_the_probabilities() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(3000, 3)
     uniforms = (torch.arange(3000, dtype=torch.float64) + 0.5) / 3000
-    tokens, _ = pick_tokens(logits, 1.0, uniforms)
+    tokens, logprobs = pick_tokens(logits, 1.0, uniforms)
     assert (torch.bincount(tokens, minlength=3) / 3000 - torch.tensor([0.5, 0.3, 0.2])).abs().max() < 1e-3
+    torch.testing.assert_close(logprobs, logits[0][tokens])
+
+
+@pytest.mark.parametrize("name", ["bytes", "demo"])
+def test_the_automaton_finds_a_tag_exactly_where_the_decoded_text_has_one(name: str) -> None:
+    tokenizer = byte_level_tokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(resolve_model("demo"))
+    size = len(tokenizer) + 5  # a model may have more rows than its tokenizer has tokens
+    automaton = TagAutomaton(tokenizer, size)
+    rng, found = Random(1), 0
+    near = {token for tag in STOP_TAGS for token in tokenizer.encode("".join(tag) + ">\n< ") + tokenizer.encode(tag)}
+    near |= {token for token in range(len(tokenizer)) if tokenizer.decode([token]) in set("</>searchanw")}
+    for _ in range(3000):
+        # Bits of tags are likely enough that whole ones come about in many ways.
+        tag = rng.choice(STOP_TAGS)
+        ids = [token for letter in tag for token in tokenizer.encode(letter)]
+        for _ in range(rng.randrange(4)):
+            ids[rng.randrange(len(ids))] = rng.choice([*near, rng.randrange(size)])
+        state, closed = np.zeros(1, dtype=np.uint8), None
+        for count, token in enumerate(ids, start=1):
+            state = automaton.advance(state, np.array([token]))
+            if state[0] == automaton.done:
+                closed = count
+                break
+        text = [tokenizer.decode(ids[:count]) for count in range(1, len(ids) + 1)]
+        expected = next((n for n, one in enumerate(text, start=1) if any(tag in one for tag in STOP_TAGS)), None)
+        assert closed == expected, [tokenizer.decode([token]) for token in ids]
+        found += closed is not None
+    assert 300 < found < 2700
+
+
+def test_attention_over_shared_keys_is_that_over_copies_of_them() -> None:
+    torch.manual_seed(0)
+    for length in (1, 5):
+        query, key, value = torch.randn(3, 6, length, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)
+        mask = torch.rand(3, 1, length, 9) < 0.5
+        mask[..., 0] = True
+        ours, _ = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+        copies = (kept.repeat_interleave(3, dim=1) for kept in (key, value))
+        plain = torch.nn.functional.scaled_dot_product_attention(query, *copies, attn_mask=mask, scale=0.3)
+        torch.testing.assert_close(ours, plain.transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
+def test_the_models_own_attention_is_back_after_a_pass(tiny_policy) -> None:
+    model, tokenizer = tiny_policy
+    config = model.get_base_model().config
+    decoder = Decoder(model, tokenizer, 1, 20, greedy=True)
+    with torch.inference_mode():
+        decoder.prefill([0], [[65, 66]])
+    assert config._attn_implementation == "sdpa"
+
+
+def test_a_model_with_sliding_windows_writes_what_generate_writes(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    shape = tiny_config(tokenizer, 0.2).to_dict()
+    keys = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "initializer_range", "tie_word_embeddings", "eos_token_id", "pad_token_id",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**{key: shape[key] for key in keys}, sliding_window=7))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = load_policy(ModelConfig(name=str(tmp_path), lora_rank=4, lora_alpha=8), seed=0)
+    prompt = list(b"A prompt that is longer than the window")
+    with torch.inference_mode():
+        ids = turn(Decoder(model, tokenizer, 1, 100, greedy=True), {0: prompt}, budget=15)[0]
+        generated = model.generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=len(ids), do_sample=False, pad_token_id=0
+        )
+    assert generated[0, len(prompt) :].tolist() == ids and len(ids) == 15
+
+
+def test_a_model_with_layers_that_keep_no_cache_is_refused() -> None:
+    with pytest.raises(UserError, match="linear_attention"):
+        SlotCache(Qwen3NextConfig(num_hidden_layers=4), 1, 8)
+
+
+def test_a_row_that_reads_nothing_may_write_from_its_first_token(tiny_policy) -> None:
+    model, tokenizer = tiny_policy
+    with torch.inference_mode():
+        ids = turn(Decoder(model, tokenizer, 1, 20, greedy=True), {0: [65]}, budget=1)[0]
+        assert ids == [int(fresh_logits(model, [65]).argmax())]
+
+
+def test_ends_are_told_apart(tiny_policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = fresh_policy(tiny_policy_folder)
+    answer, search = tokenizer.encode("</answer>"), tokenizer.encode("</sear") + tokenizer.encode("ch>")
+    cut = tokenizer.encode("</ans") + tokenizer.encode("wer>")
+    rows = [answer, search, [tokenizer.eos_token_id], tokenizer.encode("abcdefgh"), cut]
+    width = max(map(len, rows))
+    columns = iter(torch.tensor([row + [0] * (width - len(row)) for row in rows]).T)
+    monkeypatch.setattr(engine, "pick_tokens", lambda *_: (next(columns), None))
+    decoder = Decoder(model, tokenizer, len(rows), 40, greedy=True)
+    for slot in range(len(rows)):
+        decoder.begin(slot, 65, 8 if slot == 3 else 12, None)
+    ended = {}
+    while decoder.writing.any():
+        ended |= dict(decoder.step())
+    assert [ended[slot].ended for slot in range(5)] == ["tag", "tag", "eos", "budget", "tag"]
+    assert [ended[slot].ids for slot in range(5)] == rows
+
+
+def test_the_cache_is_in_the_dtype_of_the_keys(tiny_policy) -> None:
+    cache = SlotCache(tiny_policy[0].get_base_model().config, 3, 10)
+    cache.layers[0].lazy_initialization(*[torch.zeros(1, 2, 1, 16, dtype=torch.bfloat16)] * 2)
+    assert cache.layers[0].keys.dtype == torch.bfloat16 and cache.layers[0].keys.shape == (3, 2, 11, 16)
+
+
+def test_what_lies_in_memory_before_the_cache_does_not_reach_the_result(tiny_policy, monkeypatch) -> None:
+    """Masked columns are multiplied by 0: were they NaN, all would be."""
+    model, tokenizer = tiny_policy
+    real = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *args, **kw: real(self, *args, **kw).fill_(torch.nan))
+    with torch.inference_mode(), seen_logits(monkeypatch) as seen:
+        turn(Decoder(model, tokenizer, 2, 90, greedy=True), {0: list(b"short"), 1: list(b"far longer " * 6)})
+    assert all(logits.isfinite().all() for logits in seen)
+
+
+def test_a_random_qwen_without_an_adapter_is_served_as_it_is(tmp_path: Path) -> None:
+    """Unquantised, and with plain weights for the shadow."""
+    tokenizer = byte_level_tokenizer()
+    torch.manual_seed(1)
+    Qwen2ForCausalLM(tiny_config(tokenizer, 0.2)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = load_policy(ModelConfig(name=str(tmp_path), quantization="none"), seed=0)
+    with torch.inference_mode():
+        plain = turn(Decoder(model, tokenizer, 1, 60, greedy=True), {0: list(b"Hello")}, budget=12)
+        with shadow_weights(model):
+            assert turn(Decoder(model, tokenizer, 1, 60, greedy=True), {0: list(b"Hello")}, budget=12) == plain

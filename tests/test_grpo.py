@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from conftest import (
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from searche1_lite import grpo
 from searche1_lite import model as model_module
 from searche1_lite.config import Config, EngineConfig, GRPOStageConfig, ModelConfig, OFSDStageConfig
 from searche1_lite.engine import Decoder
 from searche1_lite.errors import UserError
-from searche1_lite.grpo import RolloutGRPOTrainer, exact_match_reward, train_grpo, trim_padding
+from searche1_lite.grpo import RolloutGRPOTrainer, exact_match_reward, train_grpo, trainer_arguments
 from searche1_lite.logprobs import token_logprobs
 from searche1_lite.model import keep_adapter_fp32, load_policy, save_adapter
 from searche1_lite.ofsd import select_pairs, train_ofsd
@@ -40,17 +41,17 @@ from searche1_lite.trajectory import Question, Trajectory
 QUESTIONS = [Question(name, f"What about {name}?", ["Peru"]) for name in ("rivers", "a sea", "hills", "towns", "rain")]
 KEYS = {
     "stage", "round", "step", "loss", "reward", "em", "kl", "grad_norm", "zero_std_fraction", "searches", "tokens",
-    "tokens_per_second", "rollout_seconds", "learning_rate", "seconds",
+    "tokens_per_second", "rollout_seconds", "learning_rate", "seconds", "skipped_groups", "sampling_logprob_difference",
 }  # fmt: skip
 
 
 def configured(**stage: Any) -> Config:
-    settings = {"steps": 2, "questions_per_step": 2, "group_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2}
+    settings = {"steps": 2, "questions_per_step": 2, "group_size": 4, "micro_batch_tokens": 300, "learning_rate": 1e-2}
     return Config(
         protocol=tiny_protocol_config(),
         engine=EngineConfig(batch_size=8),
         grpo=GRPOStageConfig(**{**settings, "warmup_ratio": 0.0, **stage}),
-        ofsd=OFSDStageConfig(batch_size=2, micro_batch_size=2),
+        ofsd=OFSDStageConfig(batch_size=2, micro_batch_tokens=2000),
     )
 
 
@@ -77,7 +78,7 @@ class Stage:
             protocol = Protocol(tokenizer, config.protocol)
             return rollout(
                 model, tokenizer, shelf, protocol, asked, n, engine=config.engine, k=config.search.k,
-                seed_parts=seed_parts,
+                seed_parts=seed_parts, logprobs=True,
             )  # fmt: skip
 
         self.result = train_grpo(
@@ -93,6 +94,12 @@ class Stage:
             on_rollouts=self.batches.append,
             deadline=deadline,
         )
+
+
+def informative(batch: Sequence[Trajectory], size: int) -> list[list[Trajectory]]:
+    """The groups that were answered both right and wrong."""
+    groups = [list(batch[first : first + size]) for first in range(0, len(batch), size)]
+    return [group for group in groups if len({t.reward for t in group}) > 1]
 
 
 @pytest.fixture
@@ -131,19 +138,19 @@ def test_only_the_adapter_moves_and_the_policy_is_given_back_as_it_was(talker, t
 def test_only_model_written_tokens_are_projected_onto_the_vocabulary(
     talker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the pass for the reference as by those for the update."""
-    projected: list[int] = []
+    """By the passes for the reference as by those for the update; those of skipped groups are not."""
+    projected: dict[bool, int] = {False: 0, True: 0}
 
     def watched(head: torch.nn.Module, hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        projected.append(len(hidden))
+        projected[hidden.requires_grad] += len(hidden)
         return token_logprobs(head, hidden, *rest)
 
     monkeypatch.setattr(grpo, "token_logprobs", watched)
     stage = Stage(*talker, tmp_path, configured(steps=1, kl_coefficient=0.1))
-    written = [t.n_model_tokens for t in stage.batches[0]]
-    assert any(t.n_model_tokens < len(t.completion_ids) for t in stage.batches[0]), "there is environment text"
-    by_micro_batch = [sum(written[first : first + 2]) for first in range(0, 8, 2)]
-    assert projected[:4] == by_micro_batch and sum(projected[4:]) == sum(written)
+    trained = [t for group in informative(stage.batches[0], 4) for t in group]
+    assert any(t.n_model_tokens < len(t.completion_ids) for t in trained), "there is environment text"
+    written = sum(t.n_model_tokens for t in trained)
+    assert projected == {False: written, True: written}
 
 
 def test_in_bf16_the_cache_is_bf16_and_the_adapter_stays_fp32(
@@ -153,14 +160,14 @@ def test_in_bf16_the_cache_is_bf16_and_the_adapter_stays_fp32(
     monkeypatch.setattr(model_module, "compute_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(grpo, "compute_dtype", lambda device: torch.bfloat16)
     kept: set[torch.dtype] = set()
-    real_keep = Decoder.keep
+    real_release = Decoder.release
 
-    def watched_keep(decoder: Decoder, rows: Sequence[int]) -> None:
+    def watched_release(decoder: Decoder, slot: int) -> None:
         kept.update(layer.keys.dtype for layer in decoder._cache.layers)
         kept.update(layer.values.dtype for layer in decoder._cache.layers)
-        real_keep(decoder, rows)
+        real_release(decoder, slot)
 
-    monkeypatch.setattr(Decoder, "keep", watched_keep)
+    monkeypatch.setattr(Decoder, "release", watched_release)
     model, tokenizer = fresh_policy(talking_policy_folder)
     before = adapter_weights(model)
     stage = Stage(model, tokenizer, tmp_path, configured(steps=1, learning_rate=1e-6, kl_coefficient=0.1))
@@ -195,7 +202,9 @@ def test_records_have_the_documented_keys_and_finite_figures_that_fit_the_rollou
         assert record["searches"] == sum(t.n_searches for t in batch) / 8
         assert record["tokens"] == sum(t.n_model_tokens for t in batch)
         groups = [{t.reward for t in batch[:4]}, {t.reward for t in batch[4:]}]
-        assert record["zero_std_fraction"] == sum(len(rewards) == 1 for rewards in groups) / 2
+        assert record["skipped_groups"] == sum(len(rewards) == 1 for rewards in groups)
+        assert record["zero_std_fraction"] == record["skipped_groups"] / 2
+        assert record["sampling_logprob_difference"] < 1e-5, "the rollouts are the policy's own"
         assert record["learning_rate"] == 1e-2
     assert stage.records[0]["kl"] == pytest.approx(0.0, abs=1e-7), "the reference is the adapter as the stage began"
     assert stage.records[1]["kl"] > 1e-4 and stage.records[2]["kl"] > 1e-4, "and stays there"
@@ -281,21 +290,17 @@ def test_a_stage_of_no_steps_does_nothing(talker, tmp_path: Path) -> None:
 def test_the_loss_gradient_is_zero_at_every_environment_token_and_only_there(
     talker, tmp_path: Path, checkpointing: bool
 ) -> None:
-    config = configured(steps=1, group_size=6, micro_batch_size=3)
+    config = configured(steps=1, group_size=6)
     config.model.gradient_checkpointing = checkpointing
     with recorded_gradients(talker[0]) as gradient_of:
         (batch,) = Stage(*talker, tmp_path, config).batches
-    environment, learning = 0, 0
-    for group in (batch[:6], batch[6:]):
-        spread = len({t.reward for t in group}) > 1
-        for t in group:
-            size = gradient_of(t).abs().amax(dim=1)
-            by_model = torch.tensor(t.loss_mask).bool()
-            assert torch.all(size[~by_model] == 0.0)
-            assert torch.all(size[by_model] > 0.0) if spread else torch.all(size == 0.0)
-            environment += int((~by_model).sum())
-            learning += spread
-    assert environment > 100 and learning >= 6
+    environment = 0
+    for t in (trained := [t for group in informative(batch, 6) for t in group]):
+        size = gradient_of(t).abs().amax(dim=1)
+        by_model = torch.tensor(t.loss_mask).bool()
+        assert torch.all(size[~by_model] == 0.0) and torch.all(size[by_model] > 0.0)
+        environment += int((~by_model).sum())
+    assert environment > 100 and len(trained) >= 6
 
 
 def test_the_first_gradient_is_that_of_the_published_objective(
@@ -329,9 +334,9 @@ def test_the_reward_function_hands_on_the_exact_match_and_reads_no_text() -> Non
 
 
 def padded_inputs(tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """Two trajectories of unequal lengths in a micro-batch of TRL's, padded for a longer neighbour."""
+    """Three rollouts of unequal lengths as TRL pads them; the second is of a group that teaches nothing."""
     pad = tokenizer.pad_token_id
-    rows = [([5, 6, 7], [8, 9, 10, 11], [1, 0, 0, 1]), ([12], [13, 14], [1, 1])]
+    rows = [([5, 6, 7], [8, 9, 10, 11], [1, 0, 0, 1]), ([7, 8], [9], [1]), ([12], [13, 14], [1, 1])]
     width = (6, 9)
     prompts, completions = [row[0] for row in rows], [row[1] for row in rows]
     return {
@@ -340,65 +345,201 @@ def padded_inputs(tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]
         "completion_ids": torch.tensor([ids + [pad] * (width[1] - len(ids)) for ids in completions]),
         "completion_mask": torch.tensor([[1] * len(ids) + [0] * (width[1] - len(ids)) for ids in completions]),
         "tool_mask": torch.tensor([mask + [1] * (width[1] - len(mask)) for _, _, mask in rows]),
-        "ref_per_token_logps": -torch.arange(18.0).reshape(2, 9) / 10,
-        "advantages": torch.tensor([1.0, -1.0]),
-        "num_items_in_batch": torch.tensor(6),
+        "ref_per_token_logps": -torch.arange(27.0).reshape(3, 9) / 10,
+        "sampling_per_token_logps": -torch.arange(27.0).reshape(3, 9) / 20,
+        "advantages": torch.tensor([1.0, 0.0, -1.0]),
+        "trained": torch.tensor([True, False, True]),
+        "num_items_in_batch": torch.tensor(5),
     }
 
 
-def test_trimming_cuts_padding_and_nothing_else(tiny_policy) -> None:
-    inputs = padded_inputs(tiny_policy[1])
-    trimmed = trim_padding(inputs)
-    assert trimmed.keys() == inputs.keys()
-    for side in ("prompt", "completion"):
-        full, cut = inputs[f"{side}_mask"].bool(), trimmed[f"{side}_mask"].bool()
-        assert cut.shape[1] == full.sum(dim=1).max(), "as narrow as the longest row"
-        assert torch.equal(inputs[f"{side}_ids"][full], trimmed[f"{side}_ids"][cut])
-        assert full.sum(dim=1).tolist() == cut.sum(dim=1).tolist()
-    for key in ("tool_mask", "ref_per_token_logps"):
-        assert torch.equal(trimmed[key], inputs[key][:, :4])
-    for key in ("advantages", "num_items_in_batch"):
-        assert torch.equal(trimmed[key], inputs[key])
-    again = trim_padding(trimmed)
-    assert all(torch.equal(again[key], trimmed[key]) for key in trimmed)
-    assert inputs["prompt_ids"].shape == (2, 6), "what was given is not changed"
-
-
-def test_the_loss_and_its_gradient_are_those_of_the_untrimmed_batch_and_of_the_formula(
-    tiny_policy_folder: Path, tmp_path: Path
-) -> None:
-    model, tokenizer = fresh_policy(tiny_policy_folder)
+def trainer_for(
+    policy: tuple[PeftModel, PreTrainedTokenizerBase], folder: Path, micro_batch_tokens: int, beta: float = 0.3
+) -> RolloutGRPOTrainer:
     arguments = GRPOConfig(
-        str(tmp_path), loss_type="grpo", beta=0.3, num_generations=2, per_device_train_batch_size=2, report_to="none",
+        str(folder), loss_type="grpo", beta=beta, num_generations=2, per_device_train_batch_size=2, report_to="none",
         use_cpu=True, bf16=False, gradient_checkpointing=False,
     )  # fmt: skip
+    model, tokenizer = policy
     with keep_adapter_fp32(model):
         trainer = RolloutGRPOTrainer(
-            model, exact_match_reward, arguments, Dataset.from_dict({"prompt": ["0", "1"]}), processing_class=tokenizer
-        )
+            model, exact_match_reward, arguments, Dataset.from_dict({"prompt": ["0", "1"]}),
+            processing_class=tokenizer, micro_batch_tokens=micro_batch_tokens,
+        )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
     model.train()
+    return trainer
+
+
+def gradient(model: PeftModel) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def plain_trl_loss(trainer: RolloutGRPOTrainer, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """TRL's loss of a whole batch by TRL's own passes: padded, and projected at every position."""
+    stock = GRPOTrainer._get_per_token_logps_and_entropies.__get__(trainer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_get_per_token_logps_and_entropies", stock)
+        return GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 14, 1000])
+def test_a_steps_loss_and_gradient_are_those_of_plain_trl_and_of_the_formula(
+    tiny_policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch_tokens: int
+) -> None:
+    model, tokenizer = fresh_policy(tiny_policy_folder)
+    trainer = trainer_for((model, tokenizer), tmp_path, micro_batch_tokens)
     inputs = padded_inputs(tokenizer)
-
-    def loss_and_gradient(compute: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        model.zero_grad()
-        loss = compute(model, inputs)
-        loss.backward()
-        return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-    trimmed, trimmed_gradient = loss_and_gradient(trainer._compute_loss)
-    full, full_gradient = loss_and_gradient(super(RolloutGRPOTrainer, trainer)._compute_loss)
-    torch.testing.assert_close(trimmed, full, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(trimmed_gradient, full_gradient, atol=1e-6, rtol=1e-4)
+    # What a skipped rollout adds of its own accord is its KL, here none.
+    with torch.no_grad():
+        ids, mask = (torch.cat([inputs[f"prompt_{what}"], inputs[f"completion_{what}"]], 1) for what in ("ids", "mask"))
+        own, *_ = GRPOTrainer._get_per_token_logps_and_entropies(trainer, model, ids, mask, 9)
+        inputs["ref_per_token_logps"][1] = own[1]
+    full = plain_trl_loss(trainer, inputs)
+    full.backward()
+    full_gradient = gradient(model)
+    model.zero_grad()
+    trainer._metrics["train"].clear()
+    monkeypatch.setattr(trainer, "_prepare_inputs", lambda batch: batch)
+    loss = trainer.training_step(model, inputs)
+    torch.testing.assert_close(loss, full.detach(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient(model), full_gradient, atol=1e-6, rtol=1e-4)
     assert full_gradient.abs().max() > 1e-3
 
     # By hand: the ratio is 1, so each model-written token costs -advantage + beta * (exp(d) - d - 1), d = ref - own.
-    by_hand = []
-    for row, (prompt, completion) in enumerate((([5, 6, 7], [8, 9, 10, 11]), ([12], [13, 14]))):
+    by_hand, gaps, apart = [torch.tensor(0.0)], [], []
+    for row, prompt, completion in ((0, [5, 6, 7], [8, 9, 10, 11]), (2, [12], [13, 14])):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         own = torch.log_softmax(logits, dim=-1)[range(len(completion)), completion]
-        gap = inputs["ref_per_token_logps"][row, : len(completion)] - own
-        costs = 0.3 * (gap.exp() - gap - 1) - inputs["advantages"][row]
-        by_hand.append(costs[inputs["tool_mask"][row, : len(completion)].bool()].mean())
-    torch.testing.assert_close(full, torch.stack(by_hand).mean(), atol=1e-4, rtol=1e-4)
+        keep = inputs["tool_mask"][row, : len(completion)].bool()
+        gap = (inputs["ref_per_token_logps"][row, : len(completion)] - own)[keep]
+        gaps.append(gap.exp() - gap - 1)
+        apart.append((inputs["sampling_per_token_logps"][row, : len(completion)] - own)[keep].abs())
+        by_hand.append((0.3 * gaps[-1] - inputs["advantages"][row]).mean())
+    torch.testing.assert_close(loss, torch.stack(by_hand).mean(), atol=1e-4, rtol=1e-4)
+    told = trainer._metrics["train"]
+    assert told["kl"] == [pytest.approx(float(torch.cat(gaps).mean()), rel=1e-3)], "the mean over trained tokens"
+    assert told["sampling_logprob_difference"] == [pytest.approx(float(torch.cat(apart).mean()), rel=1e-3)]
+
+
+def made(talker: tuple[PeftModel, PreTrainedTokenizerBase], rewards: Sequence[float]) -> list[Trajectory]:
+    """Groups of four rollouts of unequal lengths, one group a question."""
+    protocol = Protocol(talker[1], tiny_protocol_config())
+    rollouts = []
+    for index, reward in enumerate(rewards):
+        question = QUESTIONS[index // 4]
+        ids = talker[1].encode("<answer>" + "Peru Oslo"[: 2 + index] + "</answer>")
+        prompt = protocol.prompt_ids(question.question)
+        rollouts.append(Trajectory(question, index % 4, prompt, ids, [1] * len(ids), [], [], "answer", reward=reward))
+    return rollouts
+
+
+def trained_on(
+    policy: tuple[PeftModel, PreTrainedTokenizerBase], folder: Path, steps: Sequence[Sequence[float]], **stage: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, torch.Tensor]]]:
+    """The records of a stage whose steps' rollouts earned these rewards, and the adapter before and after each."""
+    records: list[dict[str, Any]] = []
+    weights = [adapter_weights(policy[0])]
+
+    def answer(asked: Sequence[Question], n: int, seed_parts: Sequence[int | str]) -> list[Trajectory]:
+        return made(policy, steps[len(records)])
+
+    train_grpo(
+        *policy, answer, QUESTIONS, configured(steps=len(steps), **stage), run_seed=0, round_index=1,
+        output_dir=folder, on_step=lambda record: (records.append(record), weights.append(adapter_weights(policy[0]))),
+    )  # fmt: skip
+    return records, weights
+
+
+MIXED, EQUAL = [1.0, 0.0, 0.0, 1.0], [1.0] * 4
+
+
+@pytest.mark.parametrize("kl_coefficient", [0.0, 0.3])
+def test_skipping_a_group_without_spread_takes_nothing_from_the_update_but_its_kl(
+    talking_policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kl_coefficient: float
+) -> None:
+    """Two steps, skipped and not: the second step's KL is not zero any more."""
+    real = RolloutGRPOTrainer._generate_and_score_completions
+
+    def skip_none(trainer: RolloutGRPOTrainer, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = real(trainer, inputs)
+        return batch | {"trained": torch.ones_like(batch["trained"])}
+
+    steps = [MIXED + EQUAL, EQUAL + MIXED]
+    # Plain gradient descent, so that an update is as large as its gradient.
+    monkeypatch.setattr(grpo, "trainer_arguments", lambda *a, **k: trainer_arguments(*a, **k) | {"optim": "sgd"})
+    how = {"kl_coefficient": kl_coefficient, "learning_rate": 0.3, "max_grad_norm": 1e9}
+    records, weights = trained_on(fresh_policy(talking_policy_folder), tmp_path, steps, **how)
+    monkeypatch.setattr(RolloutGRPOTrainer, "_generate_and_score_completions", skip_none)
+    unskipped, expected = trained_on(fresh_policy(talking_policy_folder), tmp_path, steps, **how)
+    assert [record["skipped_groups"] for record in records] == [1, 1]
+    moved = [max(float((new[key] - old[key]).abs().max()) for key in old) for old, new in pairwise(weights)]
+    assert min(moved) > 1e-4
+    for key in weights[0]:
+        torch.testing.assert_close(weights[1][key], expected[1][key], atol=1e-7, rtol=1e-5)
+    apart = max(float((weights[2][key] - expected[2][key]).abs().max()) for key in weights[2])
+    assert apart < 1e-6 if kl_coefficient == 0 else 1e-6 < apart < 0.1 * moved[1]
+    assert [record["loss"] for record in records][0] == pytest.approx(unskipped[0]["loss"], abs=1e-7)
+
+
+def test_a_step_whose_every_group_is_skipped_moves_nothing_and_is_not_an_end(talker, tmp_path: Path) -> None:
+    """Nor does the momentum of the steps before move anything, and the step after trains again."""
+    records, weights = trained_on(talker, tmp_path, [MIXED + EQUAL, EQUAL + EQUAL, MIXED + MIXED], kl_coefficient=0.1)
+    assert [record["skipped_groups"] for record in records] == [1, 2, 0]
+    assert not all_equal(weights[0], weights[1]) and not all_equal(weights[2], weights[3])
+    assert all_equal(weights[1], weights[2])
+    empty = records[1]
+    assert (empty["loss"], empty["grad_norm"], empty["kl"]) == (0.0, 0.0, None)
+
+
+def test_the_reference_is_asked_about_trained_rollouts_only_and_nothing_is_passed_twice(talker, tmp_path: Path) -> None:
+    seen: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
+
+    def watch(module: torch.nn.Module, given: tuple[torch.Tensor], ids: torch.Tensor) -> None:
+        seen[torch.is_grad_enabled()] += map(tuple, given[0].tolist())
+
+    handle = talker[0].get_input_embeddings().register_forward_hook(watch)
+    config = configured(steps=1, kl_coefficient=0.1, micro_batch_tokens=10_000)
+    config.model.gradient_checkpointing = False
+    records: list[dict[str, Any]] = []
+    rollouts = made(talker, MIXED + EQUAL)
+    train_grpo(
+        *talker, lambda asked, n, seed_parts: rollouts, QUESTIONS, config, run_seed=0, round_index=1,
+        output_dir=tmp_path, on_step=records.append,
+    )  # fmt: skip
+    handle.remove()
+    width = max(len(t.prompt_ids) + len(t.completion_ids) for t in rollouts[:4])
+    padding = talker[1].pad_token_id
+    rows = [[*t.prompt_ids, *t.completion_ids] for t in rollouts[:4]]
+    expected = sorted(tuple(row + [padding] * (width - len(row))) for row in rows)
+    assert sorted(seen[True]) == sorted(seen[False]) == expected
+    assert records[0]["sampling_logprob_difference"] is None, "these rollouts kept no log-probs"
+
+
+def test_rollouts_of_another_policy_show_in_the_sampling_difference(talker, tmp_path: Path) -> None:
+    rollouts = made(talker, MIXED + MIXED)
+    own = [model_written_logprob(talker[0], t) for t in rollouts]
+    for t in rollouts:
+        t.logprobs = [-1.0] * len(t.completion_ids)
+    records: list[dict[str, Any]] = []
+    train_grpo(
+        *talker, lambda asked, n, seed_parts: rollouts, QUESTIONS, configured(steps=1), run_seed=0, round_index=1,
+        output_dir=tmp_path, on_step=records.append,
+    )  # fmt: skip
+    assert records[0]["sampling_logprob_difference"] > abs(sum(own) / len(own) + 1) / 2 > 0.01
+
+
+def test_no_log_probs_of_an_older_policy_are_computed(talker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one update a batch the ratio is 1 as it is."""
+    batches: list[dict[str, Any]] = []
+    real = RolloutGRPOTrainer._prepare_inputs
+
+    def watched(trainer: RolloutGRPOTrainer, inputs: Any) -> dict[str, Any]:
+        batches.append(real(trainer, inputs))
+        return batches[-1]
+
+    monkeypatch.setattr(RolloutGRPOTrainer, "_prepare_inputs", watched)
+    trained_on(talker, tmp_path, [MIXED + EQUAL] * 2, kl_coefficient=0.1)
+    assert [len(batch["prompt_ids"]) for batch in batches] == [8, 8], "a whole step at a time"
+    assert all(batch.get("old_per_token_logps") is None and "ref_per_token_logps" not in batch for batch in batches)

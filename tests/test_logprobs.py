@@ -6,7 +6,7 @@ import torch
 from searche1_lite import divergence as divergence_module
 from searche1_lite import logprobs
 from searche1_lite.divergence import divergence
-from searche1_lite.logprobs import token_logprobs
+from searche1_lite.logprobs import completion_hidden, token_logprobs
 
 
 def head_and_states(count: int) -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]:
@@ -54,3 +54,27 @@ def test_the_divergence_does_not_depend_on_the_tile(monkeypatch: pytest.MonkeyPa
     tiled.sum().backward()
     torch.testing.assert_close(tiled, whole)
     torch.testing.assert_close(student.grad, gradient)
+
+
+def test_padding_changes_no_state_and_makes_no_pass_wider_than_its_longest_row(tiny_policy) -> None:
+    model, tokenizer = tiny_policy
+    pad, rows = tokenizer.pad_token_id, [([5, 6, 7, 8], [9]), ([10], [11, 12, 13, 14, 15]), ([16, 17], [18, 19])]
+    keeps = [[True], [True, False, True, True, False], [False, True]]
+    prompts = torch.tensor([[pad] * (6 - len(prompt)) + prompt for prompt, _ in rows])
+    completions = torch.tensor([completion + [pad] * (9 - len(completion)) for _, completion in rows])
+    keep = torch.tensor([found + [False] * (9 - len(found)) for found in keeps])
+    seen: list[torch.Size] = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, given, out: seen.append(given[0].shape))
+    with torch.no_grad():
+        states = completion_hidden(
+            model, prompts, (prompts != pad).long(), completions, (completions != pad).long(), keep
+        )
+        handle.remove()
+        expected = [
+            model.get_base_model().base_model(input_ids=torch.tensor([prompt + completion])).last_hidden_state[
+                0, len(prompt) - 1 : -1
+            ][torch.tensor(kept)]
+            for (prompt, completion), kept in zip(rows, keeps, strict=True)
+        ]  # fmt: skip
+    assert seen == [(3, 6)]
+    torch.testing.assert_close(states, torch.cat(expected), atol=1e-5, rtol=1e-4)

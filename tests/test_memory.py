@@ -19,9 +19,10 @@ from searche1_lite.doctor import _KNOWN_SHAPES, CUDA_RESERVE, GIB, model_shape
 from searche1_lite.memory import (
     MemoryPlan,
     StorageCounter,
+    _decode_pass,
     _grpo_pass,
     _peak,
-    _rollout_pass,
+    _prefill_pass,
     _skeleton,
     _student_pass,
     _teacher_pass,
@@ -31,7 +32,13 @@ from searche1_lite.memory import (
 from searche1_lite.model import load_policy
 
 STAGES = ["rollout", "GRPO step", "OFSD step"]
-PASSES = {"rollout": _rollout_pass, "GRPO": _grpo_pass, "student": _student_pass, "teacher": _teacher_pass}
+PASSES = {
+    "prefill": _prefill_pass,
+    "decode": _decode_pass,
+    "GRPO": _grpo_pass,
+    "student": _student_pass,
+    "teacher": _teacher_pass,
+}
 
 
 def shape(layers: int = 5) -> Qwen2Config:
@@ -54,8 +61,8 @@ def settings(*overrides: str) -> Config:
         None,
         [
             "protocol.max_prompt_tokens=64", "protocol.max_completion_tokens=1472", "protocol.max_turn_tokens=16",
-            "model.gradient_checkpointing=true", "engine.batch_size=4", "grpo.micro_batch_size=2",
-            "ofsd.micro_batch_size=2", *overrides,
+            "model.gradient_checkpointing=true", "engine.batch_size=4", "grpo.micro_batch_tokens=3072",
+            "ofsd.micro_batch_tokens=6016", "ofsd.batch_size=2", *overrides,
         ],
     )  # fmt: skip
 
@@ -149,16 +156,16 @@ def test_two_and_three_layers_tell_what_five_take(name: str, device: str, checkp
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_model_with_fewer_layers_than_the_plan_tries_has_a_plan(layers: int) -> None:
     config = settings("ofsd.enabled=false")
-    for stage, name in (("rollout", "rollout"), ("GRPO step", "GRPO")):
+    for stage, names in (("rollout", ["prefill", "decode"]), ("GRPO step", ["GRPO"])):
         parts = plan_memory(config, shape(layers), "cpu").stages[stage]
         planned = sum(parts.get(part, 0) for part in ("KV cache", "activations, logits", "activations, loss"))
-        direct = _peak(PASSES[name], shape(layers), config, torch.float32, "cpu", layers)
+        direct = max(_peak(PASSES[name], shape(layers), config, torch.float32, "cpu", layers) for name in names)
         assert direct == planned if layers == 2 else 0.5 * planned < direct <= planned
 
 
 def test_the_larger_of_the_teachers_and_the_students_pass_counts() -> None:
     """On few layers it may be the teacher's; on many it is the student's, which keeps something of each."""
-    config = settings("protocol.max_prompt_tokens=16", "ofsd.micro_batch_size=8")
+    config = settings("protocol.max_prompt_tokens=16", "ofsd.batch_size=8", "ofsd.micro_batch_tokens=23680")
     wide = shape()
     wide.intermediate_size = 1024
 
@@ -191,13 +198,30 @@ def test_a_peak_is_the_sum_of_its_parts() -> None:
 
 def test_twice_the_episodes_take_twice_the_cache_and_nothing_in_training() -> None:
     one, two = plan().stages, plan("engine.batch_size=8").stages
-    # A full-length row, 64 holes, and another row's last piece of text: three documents of 48 tokens.
-    rows, tokens, layers, heads, width = 4, 1536 + 64 + 3 * 48, 5, 2, 16
+    # A full-length row, and a column that nobody reads.
+    rows, tokens, layers, heads, width = 4, 1536 + 1, 5, 2, 16
     assert one["rollout"]["KV cache"] == rows * tokens * layers * heads * width * 2 * 2, "keys and values, in bf16"
     assert two["rollout"]["KV cache"] == 2 * one["rollout"]["KV cache"]
     assert {stage: parts for stage, parts in two.items() if stage != "rollout"} == {
         stage: parts for stage, parts in one.items() if stage != "rollout"
     }
+
+
+def test_plain_weights_for_rollouts_are_planned_where_they_fit_and_wanted() -> None:
+    skeleton = _skeleton(shape(), ModelConfig(), torch.bfloat16, None)
+    linear = sum(p.numel() for name, p in skeleton.named_parameters() if "_proj.base_layer.weight" in name)
+    many = "engine.batch_size=16"
+    always = plan(many, "engine.shadow=always")
+    assert always.stages["rollout"]["shadow weights"] == 2 * linear
+
+    def planned(*overrides: str, device: str = "cuda", capacity: int | None = always.peaks["rollout"]) -> bool:
+        found = plan_memory(settings(*overrides), shape(), device, torch.bfloat16, capacity)
+        return "shadow weights" in found.stages["rollout"]
+
+    assert planned(many) and not planned(many, capacity=always.peaks["rollout"] - 1)
+    assert not planned(many, "engine.shadow=never")
+    assert not planned("engine.batch_size=15"), "4-bit kernels are as fast for few rows"
+    assert planned("engine.batch_size=4", device="cpu", capacity=None), "on a CPU they never are"
 
 
 def peak(name: str, *overrides: str) -> int:
@@ -211,7 +235,21 @@ def test_without_gradient_checkpointing_training_keeps_far_more(name: str) -> No
 
 def test_each_stages_micro_batch_moves_its_own_activations() -> None:
     for name, section, other in (("GRPO", "grpo", "ofsd"), ("student", "ofsd", "grpo"), ("teacher", "ofsd", "grpo")):
-        assert peak(name, f"{section}.micro_batch_size=1") < peak(name) == peak(name, f"{other}.micro_batch_size=1")
+        assert peak(name, f"{section}.micro_batch_tokens=1") < peak(name) == peak(name, f"{other}.micro_batch_tokens=1")
+
+
+def test_a_sequence_longer_than_the_budget_is_planned_for_whole() -> None:
+    for name, section in (("GRPO", "grpo"), ("student", "ofsd"), ("teacher", "ofsd")):
+        budgets = [f"{section}.micro_batch_tokens={tokens}" for tokens in (1, 1536)]
+        assert peak(name, budgets[0]) == peak(name, budgets[1])
+
+
+def test_a_budget_is_planned_for_to_the_last_token_but_not_beyond_what_a_step_has() -> None:
+    """Of sequences of up to 1,536 tokens."""
+    even, uneven, whole = (peak("GRPO", f"grpo.micro_batch_tokens={tokens}") for tokens in (3072, 3600, 4608))
+    assert even < uneven < whole
+    few = ["grpo.questions_per_step=1", "grpo.group_size=2"]
+    assert peak("GRPO", "grpo.micro_batch_tokens=9999", *few) == even
 
 
 def test_an_unquantised_base_takes_its_dtype_for_every_weight() -> None:
@@ -284,8 +322,10 @@ def test_the_known_shape_has_as_many_weights_as_qwens(qwen: PretrainedConfig) ->
 
 @pytest.mark.parametrize(("size", "preset"), DEFAULT_PRESETS.items())
 def test_a_preset_fits_the_card_that_it_is_for(size: int, preset: str, qwen: PretrainedConfig) -> None:
-    peaks = plan_memory(load_config(preset), qwen, "cuda").peaks
+    plan = plan_memory(load_config(preset), qwen, "cuda", capacity=size * GIB - CUDA_RESERVE)
+    peaks = plan.peaks
     assert list(peaks) == STAGES
     assert max(peaks.values()) <= size * GIB - CUDA_RESERVE, peaks
+    assert ("shadow weights" in plan.stages["rollout"]) is (size >= 16)
     smaller = max((other for other in DEFAULT_PRESETS if other < size), default=0)
     assert max(peaks.values()) > smaller * GIB - CUDA_RESERVE, "else the preset for the smaller card would do"

@@ -18,6 +18,8 @@ from searche1_lite.model import (
     load_policy,
     resolve_model,
     save_adapter,
+    shadow_bytes,
+    shadow_weights,
     snapshot_adapter,
     use_adapter,
 )
@@ -195,3 +197,75 @@ def test_use_adapter_restores_adapter_and_flags_even_after_an_error(tiny_policy_
     with pytest.raises(RuntimeError, match="boom"), use_adapter(model, "teacher"):
         raise RuntimeError("boom")
     assert model.active_adapter == "default" and flags(model) == own_flags
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_shadow_computes_what_base_and_adapter_compute_with_plain_layers(
+    tiny_policy_folder: Path, quantization: str
+) -> None:
+    model, _ = load_policy(ModelConfig(name=str(tiny_policy_folder), quantization=quantization, lora_rank=4), seed=0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(std=0.1)
+    snapshot_adapter(model)
+    expected = {name: logits_under(model, name) for name in ("default", "teacher", None)}
+    before, kept = base_weights(model) | adapter_weights(model), [id(module) for module in model.modules()]
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".teacher." in key:
+                parameter.mul_(3)
+    expected["teacher"] = logits_under(model, "teacher")
+    for name, values in expected.items():
+        with use_adapter(model, name), shadow_weights(model):
+            layers = [module for module in model.get_base_model().modules() if isinstance(module, torch.nn.Linear)]
+            assert all(type(layer) is torch.nn.Linear for layer in layers)
+            assert not any("lora_" in key for key, _ in model.named_parameters())
+            torch.testing.assert_close(logits(model), values, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(expected["default"], expected["teacher"], atol=1e-2), "else this test shows nothing"
+    assert [id(module) for module in model.modules()] == kept
+    after = base_weights(model) | adapter_weights(model)
+    assert all(torch.equal(before[key], after[key]) for key in before if ".teacher." not in key)
+
+
+def logits_under(model: PeftModel, name: str | None) -> torch.Tensor:
+    with use_adapter(model, name):
+        return logits(model)
+
+
+def test_the_shadow_is_as_large_as_it_says_and_shares_what_was_plain_already(tiny_policy_folder: Path) -> None:
+    model, _ = fresh_policy(tiny_policy_folder)
+    embeddings = model.get_input_embeddings().weight
+    there = {parameter.data_ptr() for parameter in model.parameters()}
+    size = shadow_bytes(model)
+    with shadow_weights(model):
+        new = [parameter for parameter in model.parameters() if parameter.data_ptr() not in there]
+        assert sum(parameter.numel() * parameter.element_size() for parameter in new) == size > 0
+        assert model.get_input_embeddings().weight is embeddings
+
+
+def test_the_masters_are_fp32_and_the_base_as_it_was_after_100_update_cycles(tiny_policy_folder: Path) -> None:
+    model, _ = fresh_policy(tiny_policy_folder)
+    before = base_weights(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-7)
+    first, start = adapter_weights(model), logits(model)
+    for _ in range(100):
+        with shadow_weights(model):
+            logits(model)
+        model(input_ids=IDS).logits.logsumexp(-1).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    last = adapter_weights(model)
+    assert all(weight.dtype == torch.float32 for weight in last.values())
+    assert any(not torch.equal(first[key], last[key]) for key in first), "small updates add up"
+    after = base_weights(model)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not torch.equal(logits(model), start)
+
+
+def test_an_error_in_the_shadow_puts_the_layers_back(tiny_policy_folder: Path) -> None:
+    model, _ = fresh_policy(tiny_policy_folder)
+    kept = [id(module) for module in model.modules()]
+    with pytest.raises(RuntimeError, match="in the body"), shadow_weights(model):
+        raise RuntimeError("in the body")
+    assert [id(module) for module in model.modules()] == kept

@@ -25,7 +25,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import searche1_lite.engine
 from searche1_lite.config import Config, EngineConfig, GRPOStageConfig, ModelConfig, OFSDStageConfig
-from searche1_lite.engine import Decoder, end_ids
+from searche1_lite.engine import Decoder, SampledTurn, end_ids
 from searche1_lite.grpo import train_grpo
 from searche1_lite.model import load_policy
 from searche1_lite.ofsd import Pair, select_pairs, train_ofsd, training_rows
@@ -306,10 +306,15 @@ def written(policy: Policy, monkeypatch: pytest.MonkeyPatch, rows: Sequence[Sequ
     width = max(map(len, rows))
     columns = iter(torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]).T)
     monkeypatch.setattr(
-        searche1_lite.engine, "pick_tokens", lambda logits, *_: (next(columns), torch.zeros(len(logits)))
+        searche1_lite.engine, "pick_tokens", lambda logits, *_: (next(columns)[: len(logits)], None)
     )
-    decoder = Decoder(model, tokenizer, [tokenizer.encode("Q")], repeats=len(rows))
-    turns = decoder.sample_turn([len(row) for row in rows], 1.0, None)
+    decoder = Decoder(model, tokenizer, len(rows), width + 1, greedy=True)
+    for slot, row in enumerate(rows):
+        decoder.begin(slot, tokenizer.encode("Q")[0], len(row), None)
+    ended: dict[int, SampledTurn] = {}
+    while decoder.writing.any():
+        ended |= dict(decoder.step())
+    turns = [ended[slot] for slot in range(len(rows))]
     for turn, row in zip(turns, rows, strict=True):
         assert turn.ids == list(row)[: len(turn.ids)]
     return [(len(turn.ids), turn.ended) for turn in turns]
@@ -456,8 +461,8 @@ def test_stored_ids_are_the_sampled_and_inserted_ones_and_ids_without_a_token_ha
 
 def run_config(**changes: object) -> Config:
     return Config(
-        grpo=GRPOStageConfig(steps=1, questions_per_step=4, group_size=4, micro_batch_size=4, warmup_ratio=0.0),
-        ofsd=OFSDStageConfig(batch_size=4, micro_batch_size=2, warmup_ratio=0.0),
+        grpo=GRPOStageConfig(steps=1, questions_per_step=4, group_size=4, micro_batch_tokens=1000, warmup_ratio=0.0),
+        ofsd=OFSDStageConfig(batch_size=4, micro_batch_tokens=1000, warmup_ratio=0.0),
         protocol=tiny_protocol_config(),
         **changes,
     )
@@ -478,9 +483,11 @@ def test_grpo_trains_on_the_very_ids(policy_folder: Path, shelf: ShelfRetriever,
             run_seed=0, round_index=1, output_dir=tmp_path, on_step=records.append,
         )  # fmt: skip
         assert math.isfinite(records[0]["loss"]) and records[0]["grad_norm"] > 0
-        for t in played:
+        groups = [played[first : first + 4] for first in range(0, len(played), 4)]
+        trained = [t for group in groups if len({t.reward for t in group}) > 1 for t in group]
+        for t in trained:
             gradient_of(t)  # LookupError unless prompt and completion went through the model id by id
-    assert {index for t in played for index in t.completion_ids} & set(range(151_665, ROWS))
+    assert {index for t in trained for index in t.completion_ids} & set(range(151_665, ROWS))
 
 
 def test_distillation_trains_on_the_very_ids(policy_folder: Path, shelf: ShelfRetriever, tmp_path: Path) -> None:

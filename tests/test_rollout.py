@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, current_thread
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from searche1_lite import engine
+from searche1_lite import rollout as rollout_module
 from searche1_lite.config import EngineConfig
 from searche1_lite.engine import SampledTurn, end_ids
-from searche1_lite.protocol import Protocol, parse_turn
-from searche1_lite.rollout import Episode, rollout
+from searche1_lite.protocol import Protocol
+from searche1_lite.rollout import Episode, RolloutTimes, rollout
 from searche1_lite.search.base import Passage
 from searche1_lite.trajectory import Question, Trajectory
 
@@ -30,8 +32,8 @@ def talker(talking_policy_folder: Path) -> Policy:
 
 
 def play(policy: Policy, shelf: ShelfRetriever, n: int = 4, **settings: object) -> list[Trajectory]:
-    """Sampled episodes; `settings` are those of the protocol, or `batch_size`, `k`, `seed`, `questions`, `greedy`."""
-    arguments = {"batch_size": 64, "k": 3, "seed": 0, "questions": QUESTIONS, "greedy": False}
+    """Sampled episodes; `settings` are those of the protocol, or those listed below."""
+    arguments = {"batch_size": 64, "k": 3, "seed": 0, "questions": QUESTIONS, "greedy": False, "shadow": "auto"}
     own = {key: settings.pop(key, value) for key, value in arguments.items()}
     model, tokenizer = policy
     return rollout(
@@ -41,10 +43,11 @@ def play(policy: Policy, shelf: ShelfRetriever, n: int = 4, **settings: object) 
         Protocol(tokenizer, tiny_protocol_config(**settings)),
         own["questions"],
         n,
-        engine=EngineConfig(batch_size=own["batch_size"]),
+        engine=EngineConfig(batch_size=own["batch_size"], shadow=own["shadow"]),
         k=own["k"],
         seed_parts=("test", own["seed"]),
         greedy=own["greedy"],
+        logprobs=True,
     )
 
 
@@ -65,7 +68,7 @@ def script(
     tag nor that ended its message.
     """
     tokenizer = protocol.tokenizer
-    episode = Episode(Question("q", question, ["Peru"]), 0, protocol.prompt_ids(question), protocol)
+    episode = Episode(Question("q", question, ["Peru"]), 0, protocol.prompt_ids(question), protocol, logprobs=True)
     replies = []
     for text in turns:
         assert not episode.over, f"the episode was over before {text!r}"
@@ -93,7 +96,7 @@ def test_rollouts_come_question_by_question_with_samples_counted_from_zero(talke
 def test_a_trajectory_does_not_depend_on_the_batch_it_is_in(policy: str, request, shelf) -> None:
     policy = request.getfixturevalue(policy)
     together = play(policy, shelf, batch_size=64)
-    for batch_size in (1, 2, 9):
+    for batch_size in (1, 8, 9):
         apart = play(policy, shelf, batch_size=batch_size)
         assert [t.completion_ids for t in apart] == [t.completion_ids for t in together]
         assert [t.reward for t in apart] == [t.reward for t in together]
@@ -283,17 +286,116 @@ def test_the_reward_is_that_of_the_last_answer_in_model_written_text(talker: Pol
         assert t.answer is None or t.turns[-1].text.endswith(f"<answer>{t.answer}</answer>")
 
 
-def test_all_searches_of_a_turn_reach_the_retriever_as_one_batch_repeats_included(talker: Policy, shelf) -> None:
+def test_every_search_reaches_the_retriever_once_those_of_a_step_as_one_batch(talker: Policy, shelf) -> None:
     trajectories = play(talker, shelf, n=8)
-    rounds = max(len(t.turns) for t in trajectories)
-    expected = []
-    for index in range(rounds):
-        turns = [t.turns[index] for t in trajectories if len(t.turns) > index]
-        queries = [parse_turn(turn.text).content for turn in turns if turn.kind == "search"]
-        expected += [queries] if queries else []
-    assert all(sum(turn.kind == "search" for turn in t.turns) == t.n_searches for t in trajectories)
-    assert shelf.batches == expected
-    assert len(expected[0]) > 5 and set(expected[0]) == {"Lima"}
+    queries = [search.query for t in trajectories for search in t.searches]
+    assert sum(map(len, shelf.batches)) == len(queries) > 20
+    assert max(map(len, shelf.batches)) > 2 and {query for batch in shelf.batches for query in batch} == {"Lima"}
+
+
+class GatedRetriever(ShelfRetriever):
+    """One whose first answer takes until `gate` is set."""
+
+    gate: Event
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        if not self.batches:
+            self.seen = current_thread()
+            assert self.gate.wait(60)
+        return super().search(queries, k)
+
+
+def test_others_write_on_while_a_search_is_under_way(talker: Policy, shelf, monkeypatch) -> None:
+    """The first search is answered only after steps that came later: were the search waited for, this would hang."""
+    monkeypatch.setattr(rollout_module, "HEAD_START", 20)
+    retriever = GatedRetriever(shelf.passages)
+    retriever.gate = Event()
+    steps, real = [0], engine.Decoder.step
+
+    def counted(decoder: engine.Decoder) -> object:
+        steps[0] += bool(hasattr(retriever, "seen"))
+        if steps[0] == 10:
+            retriever.gate.set()
+        return real(decoder)
+
+    monkeypatch.setattr(engine.Decoder, "step", counted)
+    slow = play(talker, retriever, n=8)
+    assert retriever.seen is not current_thread()
+    assert slow == play(talker, shelf, n=8), "and nothing comes out differently"
+
+
+def test_slots_are_filled_again_as_soon_as_they_are_free(talker: Policy, shelf, monkeypatch) -> None:
+    rows: list[int] = []
+    real = engine.Decoder.step
+
+    def watched(decoder: engine.Decoder) -> object:
+        rows.append(int(decoder.writing.sum()))
+        return real(decoder)
+
+    monkeypatch.setattr(engine.Decoder, "step", watched)
+    trajectories = play(talker, shelf, n=16, batch_size=8, max_searches=1)
+    busy = rows[: len(rows) * 2 // 3]
+    assert sum(busy) / len(busy) > 5, "in waves of 8 until the last is over, fewer would write on average"
+    assert [(t.question.id, t.sample) for t in trajectories] == [(q.id, s) for q in QUESTIONS for s in range(16)]
+
+
+def test_a_prompt_is_prefilled_once_for_all_samples_that_start_together(talker: Policy, shelf, monkeypatch) -> None:
+    read: list[list[int]] = []
+    real = engine.Decoder.prefill
+
+    def watched(decoder: engine.Decoder, slots: Sequence[int], chunks: Sequence[list[int]]) -> None:
+        read.extend(chunks)
+        real(decoder, slots, chunks)
+
+    monkeypatch.setattr(engine.Decoder, "prefill", watched)
+    play(talker, shelf, n=8)
+    protocol = Protocol(talker[1], tiny_protocol_config())
+    for question in QUESTIONS:
+        assert read.count(protocol.prompt_ids(question.question)[:-1]) == 1
+
+
+@pytest.mark.parametrize("shadow", ["always", "never"])
+def test_plain_weights_and_4_bit_ones_give_the_same_trajectories(talker: Policy, shelf, shadow: str) -> None:
+    ours, other = play(talker, shelf, shadow=shadow), play(talker, shelf)
+    assert [t.completion_ids for t in ours] == [t.completion_ids for t in other]
+
+
+def test_an_update_of_the_weights_is_in_the_very_next_rollout(talking_policy_folder: Path, shelf) -> None:
+    """No cached block and no plain weight of the policy before it is left."""
+    model, tokenizer = fresh_policy(talking_policy_folder)
+    before = play((model, tokenizer), shelf)
+    other, _ = fresh_policy(talking_policy_folder, seed=5)
+    with torch.no_grad():
+        for own, new in zip(model.parameters(), other.parameters(), strict=True):
+            if own.requires_grad:
+                own.copy_(new * 8)
+                new.mul_(8)
+    after = play((model, tokenizer), shelf)
+    assert after == play((other, tokenizer), shelf) != before
+
+
+def test_a_failing_search_ends_the_rollout_with_its_own_error(talking_policy_folder: Path, shelf) -> None:
+    class Broken(ShelfRetriever):
+        def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+            raise OSError("the index is gone")
+
+    model, tokenizer = fresh_policy(talking_policy_folder)
+    layers = [type(module) for module in model.modules()]
+    with pytest.raises(OSError, match="the index is gone"):
+        play((model, tokenizer), Broken(shelf.passages))
+    assert [type(module) for module in model.modules()] == layers, "the 4-bit layers are back in their places"
+
+
+def test_the_time_spent_adds_up(talker: Policy, shelf) -> None:
+    model, tokenizer = talker
+    times = RolloutTimes()
+    protocol = Protocol(tokenizer, tiny_protocol_config())
+    trajectories = rollout(
+        model, tokenizer, shelf, protocol, QUESTIONS, 2, engine=EngineConfig(), k=3, seed_parts=(0,), times=times
+    )
+    assert 0 < times.prefill + times.decode + times.search_wait <= times.total
+    assert times.decode_steps >= max(t.n_model_tokens for t in trajectories) and times.search > 0
+    assert all(t.logprobs is None for t in trajectories), "nobody asked for them"
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -329,9 +431,9 @@ def test_prompts_longer_than_usual_take_fewer_rows_and_give_the_same(talker: Pol
     rows: list[int] = []
     real = engine.Decoder.__init__
 
-    def watched(decoder: engine.Decoder, model: object, tokenizer: object, prompts: list, repeats: int = 1) -> None:
-        rows.append(len(prompts) * repeats)
-        real(decoder, model, tokenizer, prompts, repeats)
+    def watched(decoder: engine.Decoder, model: object, tokenizer: object, slots: int, *rest, **settings) -> None:
+        rows.append(slots)
+        real(decoder, model, tokenizer, slots, *rest, **settings)
 
     monkeypatch.setattr(engine.Decoder, "__init__", watched)
     model, tokenizer = talker
@@ -350,7 +452,7 @@ def test_prompts_longer_than_usual_take_fewer_rows_and_give_the_same(talker: Pol
     assert rows == [8] and [t.completion_ids for t in usual] == [t.completion_ids for t in run(None)]
     # 300 of prompt and 400 of completion are usual: with twice that, half the rows fit.
     run([ids * (1000 // len(ids)) for ids in prompts])
-    assert len(rows) == 2 and max(rows) == 4
+    assert rows == [4]
 
 
 def test_greedy_samples_of_a_question_are_equal(talker: Policy, shelf) -> None:

@@ -144,7 +144,7 @@ def settings(builder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> C
         "grpo.steps=1",
         "grpo.questions_per_step=2",
         "grpo.group_size=2",
-        "grpo.micro_batch_size=2",
+        "grpo.micro_batch_tokens=1920",
         "ofsd.questions=2",
         "ofsd.rollouts=2",
         "ofsd.epochs=1",

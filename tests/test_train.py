@@ -20,10 +20,10 @@ from searche1_lite.evolve import run
 SETTINGS = [
     "grpo.steps=2",
     "grpo.questions_per_step=4",
-    "grpo.micro_batch_size=10",
+    "grpo.micro_batch_tokens=2000",
     "ofsd.questions=24",
     "ofsd.batch_size=4",
-    "ofsd.micro_batch_size=2",
+    "ofsd.micro_batch_tokens=800",
     "data.evaluation_limit=16",
     "seed=3",
 ]
@@ -181,7 +181,6 @@ def test_a_stage_interrupted_in_its_evaluation_is_not_trained_again(tmp_path: Pa
         "ofsd.enabled=false",
         "grpo.steps=1",
         "grpo.questions_per_step=4",
-        "grpo.micro_batch_size=20",
     ]
     config = load_config("demo", None, [*settings, "data.evaluation_limit=4"])
     with pytest.raises(KeyboardInterrupt):
