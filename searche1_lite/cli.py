@@ -217,24 +217,37 @@ def bench(
     cap_gb: Annotated[
         float | None, typer.Option(min=1, help="On a GPU, the most memory to allocate, in 10^9 bytes.")
     ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="What to measure: memory, rollout, search or round; give it again for more; default: all."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute or two, for rougher figures.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the ratios, to a .png, .svg or .pdf file.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure peak memory: of a standard workload, or of a preset's stages. Example: searche1-lite bench --json"""
+    """Measure this machine beside baselines, or a preset's peak memory. Example: searche1-lite bench --quick --json"""
+    from searche1_lite.bench import bench as run_bench
+    from searche1_lite.bench import check_parts
+    from searche1_lite.bench.plot import check_plot_file, save_plot
     from searche1_lite.config import load_config
 
+    check_parts(part or ())
+    if plot:
+        check_plot_file(plot)
     settings = load_config(preset, config, overrides or []) if preset or config or overrides else None
     quieten()
-    from searche1_lite.bench import bench as run_bench
-
-    found = run_bench(settings, cap_gb, on_part=_say)
+    found = run_bench(settings, cap_gb, on_part=_say, parts=part or (), quick=quick)
     if as_json:
         typer.echo(json.dumps(found))
     else:
         from rich.console import Console
 
-        from searche1_lite.console import bench_table
+        from searche1_lite.console import bench_tables
 
-        Console().print(bench_table(found))
+        for table in bench_tables(found):
+            Console().print(table)
+    if plot:
+        save_plot(found, plot)
 
 
 def _settings(

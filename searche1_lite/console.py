@@ -102,10 +102,25 @@ def doctor_tables(found: dict[str, Any]) -> list[Table | str]:
     return parts + [escape(line) for line in memory["advice"]]
 
 
-def bench_table(found: dict[str, Any]) -> Table:
+def bench_tables(found: dict[str, Any]) -> list[Table | str]:
+    """What `bench` measured, a table a part."""
+    device = found["machine"]["gpu"] or "CPU"
+    parts: list[Table | str] = []
+    if "memory" in found:
+        parts.append(memory_table(found["memory"], device))
+    if "rollout" in found:
+        parts += rollout_tables(found["rollout"], device)
+    if "search" in found:
+        parts.append(search_table(found["search"]))
+    if "round" in found:
+        shares = [f"{name.replace('_', ' ')} {share:.0%}" for name, share in found["round"]["shares"].items()]
+        parts.append(f"a round of the demo: {', '.join(shares)}")
+    return parts
+
+
+def memory_table(memory: dict[str, Any], device: str) -> Table:
     """A row a stage: measured, planned, and beside the dense step."""
-    memory = found["memory"]
-    table = Table(title=f"peak memory in MB, {found['machine']['gpu'] or 'CPU'}, {memory['workload']}")
+    table = Table(title=f"peak memory in MB, {device}, {memory['workload']}")
     for heading in ("stage", "measured", "plan", "plan/measured", "dense step", "ours/dense"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for name in ("rollout", "grpo", "ofsd"):
@@ -118,4 +133,51 @@ def bench_table(found: dict[str, Any]) -> Table:
         ratios = (memory.get(f"{name}_plan_vs_measured"), memory.get(f"{name}_vs_dense"))
         planned, beside = ("-" if ratio is None else f"{ratio:.3f}" for ratio in ratios)
         table.add_row(name, measured, plan, planned, dense, beside)
+    return table
+
+
+def rollout_tables(workloads: dict[str, Any], device: str) -> list[Table | str]:
+    """A row a workload and loop, and a line for what the engine does with its time and where it is full."""
+    table = Table(title=f"rollouts, {device}")
+    for heading in ("workload", "loop", "seconds", "episodes/s", "tokens/s", "engine is faster by"):
+        table.add_column(heading, justify="left" if heading in ("workload", "loop") else "right")
+    lines: list[Table | str] = []
+    for name, found in workloads.items():
+        for loop, label in (("ours", "engine"), ("trl", "TRL's tool loop"), ("reprefill", "prefill again")):
+            speed = found[loop]
+            low, high = speed["seconds_spread"]
+            table.add_row(
+                name if loop == "ours" else "",
+                label,
+                f"{speed['seconds']:.2f} ({low:.2f}-{high:.2f})",
+                f"{speed['trajectories_per_second']:.2f}",
+                f"{speed['tokens_per_second']:.1f}",
+                f"{found[f'speedup_vs_{loop}']:.2f}" if loop != "ours" else "",
+            )
+        told = [f"{found['trajectories']} episodes, {found['tokens']} tokens written, {found['searches']} searches"]
+        if found["same_tokens"] is not None:
+            told.append(f"{found['same_tokens']:.1%} alike in all three")
+        told += [f"{part.replace('_', ' ')} {share:.0%}" for part, share in (found["shares"] or {}).items()]
+        if found["bandwidth_fraction"] is not None:
+            told.append(f"{found['bandwidth_fraction']:.0%} of the limit of bandwidth and arithmetic")
+        lines.append(f"{name}: {', '.join(told)}")
+        if growth := found.get("growth"):
+            taken = growth["seconds_per_trajectory"].items()
+            curve = ", ".join(f"{rows}: {'out of memory' if s is None else f'{1000 * s:.1f}'}" for rows, s in taken)
+            lines.append(f"{name}: ms an episode by how many are side by side: {curve}; knee at {growth['knee']}")
+    return [table, *lines]
+
+
+def search_table(found: dict[str, Any]) -> Table:
+    """A row a batch size: queries a second and milliseconds a call, beside bare Pyserini's."""
+    table = Table(title=f"search, k = {found['k']}, {found['same_results']:.1%} the same results as Pyserini")
+    for heading in ("queries at once", "queries/s", "Pyserini", "ratio", "p50 ms", "Pyserini", "p99 ms", "Pyserini"):
+        table.add_column(heading, justify="right")
+    for size in (1, 64):
+        part = found[f"batch_{size}"]
+        ours, theirs = part["ours"], part["pyserini"]
+        row: list[str] = [str(size), f"{ours['qps']:.0f}", f"{theirs['qps']:.0f}", f"{part['qps_vs_pyserini']:.2f}"]
+        for figure in ("p50_ms", "p99_ms"):
+            row += [f"{ours[figure]:.2f}", f"{theirs[figure]:.2f}"]
+        table.add_row(*row)
     return table

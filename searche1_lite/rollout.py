@@ -27,6 +27,10 @@ from searche1_lite.trajectory import Question, Search, Stopped, Trajectory, Turn
 HEAD_START = 4
 """Steps that a search is given, on a CPU, before its passages are waited for."""
 
+_SEARCHER = ThreadPoolExecutor(1, "search")
+"""The one thread that searches: Java keeps a record of every thread that ever called it, and one retriever may not be
+called by two at once."""
+
 
 @dataclass
 class RolloutTimes:
@@ -187,7 +191,7 @@ def rollout(
     was_training = model.training
     model.eval()
     try:
-        with compute_context(model), shadow_weights(model, shadow), ThreadPoolExecutor(1, "search") as thread:
+        with compute_context(model), shadow_weights(model, shadow):
             decoder = Decoder(
                 model,
                 tokenizer,
@@ -197,7 +201,7 @@ def rollout(
                 greedy=greedy,
                 logprobs=logprobs,
             )
-            _Play(decoder, retriever, k, thread, rows, cpu, times or RolloutTimes(), on_progress).run(seats)
+            _Play(decoder, retriever, k, rows, cpu, times or RolloutTimes(), on_progress).run(seats)
             del decoder
     finally:
         model.train(was_training)
@@ -238,13 +242,12 @@ class _Play:
         decoder: Decoder,
         retriever: Retriever,
         k: int,
-        thread: ThreadPoolExecutor,
         rows: int,
         in_step: bool,
         times: RolloutTimes,
         on_progress: Callable[[int], None] | None,
     ) -> None:
-        self._decoder, self._retriever, self._k, self._thread = decoder, retriever, k, thread
+        self._decoder, self._retriever, self._k = decoder, retriever, k
         self._in_step, self._times, self._on_progress = in_step, times, on_progress
         self._at: list[_Seat | None] = [None] * rows
         self._quorum = max(1, rows // 8)
@@ -262,7 +265,9 @@ class _Play:
             arrived = [asked for asked in self._asked if self._has_arrived(asked)]
             ready = len(self._replies) + free + sum(len(asked.turns) for asked in arrived)
             if ready >= self._quorum or not writing:
-                self._take_up(arrived if writing or ready else list(self._asked))
+                if not (writing or ready):
+                    arrived = list(self._asked)[: None if self._in_step else 1]
+                self._take_up(arrived)
                 self._read()
             if self._decoder.writing.any():
                 self._write()
@@ -324,7 +329,7 @@ class _Play:
                 over += self._reply(seat, action, turn, None)
         if searches:
             queries = [action.content for _, action, _ in searches]
-            self._asked.append(_Asked(searches, self._thread.submit(self._search, queries), self._step))
+            self._asked.append(_Asked(searches, _SEARCHER.submit(self._search, queries), self._step))
         if over and self._on_progress is not None:
             self._on_progress(over)
 

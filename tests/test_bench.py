@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 from transformers import Qwen2Config
 
-from searche1_lite.bench import _one_step, bench, standard_workload
+from searche1_lite.bench import bench
+from searche1_lite.bench.memory import _one_step, standard_workload
 from searche1_lite.config import Config, dump_config, load_config, parse_config, preset_names
-from searche1_lite.console import bench_table
+from searche1_lite.console import bench_tables
 from searche1_lite.errors import UserError
 from searche1_lite.measure import (
     _dense_step,
@@ -88,7 +89,7 @@ def test_bench_gives_measured_and_planned_bytes_of_every_stage(found: dict[str, 
     for stage in STAGES:
         ratio = memory[f"{stage}_plan_bytes"] / memory[f"{stage}_bytes"]
         assert memory[f"{stage}_plan_vs_measured"] == pytest.approx(ratio, abs=6e-4)
-    assert found["machine"].keys() == {"gpu", "cpu_cores", "platform", "torch"}
+    assert found["machine"].keys() == {"gpu", "cpu_cores", "threads", "platform", "torch"}
     assert found["parts"] == ["making random weights", "rollout", "GRPO step", "OFSD step"]
     assert json.loads(json.dumps(found)) == found
 
@@ -204,7 +205,7 @@ def test_the_table_tells_what_did_not_fit(found: dict[str, Any]) -> None:
         "grpo_dense_bytes": 2_000_000_000, "grpo_vs_dense": 0.125, "ofsd_bytes": None, "ofsd_plan_vs_measured": None,
     }  # fmt: skip
     with console.capture() as shown:
-        console.print(bench_table(found | {"memory": memory}))
+        console.print(*bench_tables(found | {"memory": memory}))
     lines = {line.split()[1]: line for line in shown.get().splitlines() if line.startswith("│")}
     assert f"{memory['grpo_bytes'] / 1e6:.0f}" in lines["grpo"] and "2000" in lines["grpo"] and "0.125" in lines["grpo"]
     assert "out of memory" in lines["ofsd"] and f"{memory['ofsd_plan_bytes'] / 1e6:.0f}" in lines["ofsd"]

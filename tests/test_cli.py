@@ -111,6 +111,9 @@ def test_help_loads_nothing_heavy(tmp_path: Path, words: list[str]) -> None:
         ("doctor --gpu-gb 6", "the GPU has 6.0 GiB, and no preset is made for less than 8; give one with --preset"),
         ("bench --config missing.yaml", "cannot read the config missing.yaml"),
         ("bench grpo.clip=-1", "grpo.clip=-1 is impossible"),
+        ("bench --part speed", "bench has no part 'speed'; there are: memory, rollout, search, round"),
+        ("bench --plot bench.txt", "--plot bench.txt has no format; name it .png, .svg or .pdf"),
+        ("bench --plot missing/bench.png", "--plot missing/bench.png: there is no folder"),
     ],
 )
 def test_a_bad_setting_is_refused_in_one_line(desk: Path, words: str, message: str) -> None:
