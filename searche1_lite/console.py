@@ -139,17 +139,16 @@ def memory_table(memory: dict[str, Any], device: str) -> Table:
 def rollout_tables(workloads: dict[str, Any], device: str) -> list[Table | str]:
     """A row a workload and loop, and a line for what the engine does with its time and where it is full."""
     table = Table(title=f"rollouts, {device}")
-    for heading in ("workload", "loop", "seconds", "episodes/s", "tokens/s", "engine is faster by"):
-        table.add_column(heading, justify="left" if heading in ("workload", "loop") else "right")
+    for heading in ("workload", "loop", "seconds", "episodes/s", "tokens/s", "speedup"):
+        table.add_column(heading, justify="left" if heading in ("workload", "loop") else "right", no_wrap=True)
     lines: list[Table | str] = []
     for name, found in workloads.items():
-        for loop, label in (("ours", "engine"), ("trl", "TRL's tool loop"), ("reprefill", "prefill again")):
+        for loop, label in (("ours", "engine"), ("trl", "TRL's loop"), ("reprefill", "re-prefill")):
             speed = found[loop]
-            low, high = speed["seconds_spread"]
             table.add_row(
                 name if loop == "ours" else "",
                 label,
-                f"{speed['seconds']:.2f} ({low:.2f}-{high:.2f})",
+                f"{speed['seconds']:.2f}",
                 f"{speed['trajectories_per_second']:.2f}",
                 f"{speed['tokens_per_second']:.1f}",
                 f"{found[f'speedup_vs_{loop}']:.2f}" if loop != "ours" else "",
@@ -170,8 +169,8 @@ def rollout_tables(workloads: dict[str, Any], device: str) -> list[Table | str]:
 
 def search_table(found: dict[str, Any]) -> Table:
     """A row a batch size: queries a second and milliseconds a call, beside bare Pyserini's."""
-    table = Table(title=f"search, k = {found['k']}, {found['same_results']:.1%} the same results as Pyserini")
-    for heading in ("queries at once", "queries/s", "Pyserini", "ratio", "p50 ms", "Pyserini", "p99 ms", "Pyserini"):
+    table = Table(title=f"search, k = {found['k']}, {found['same_results']:.1%} the same results as bare Pyserini")
+    for heading in ("batch", "queries/s", "theirs", "ratio", "p50 ms", "theirs", "p99 ms", "theirs"):
         table.add_column(heading, justify="right")
     for size in (1, 64):
         part = found[f"batch_{size}"]
