@@ -258,11 +258,11 @@ def model_shape(config: Config) -> "PretrainedConfig":
 
 
 def gpu_capacity() -> int:
-    """Bytes of the GPU that can be had now; what the desktop holds is not free."""
+    """Bytes of the GPU that this process has or can have; what the desktop holds is not free."""
     import torch
 
     free, total = torch.cuda.mem_get_info()
-    return min(free, total - CUDA_RESERVE)
+    return min(free + torch.cuda.memory_reserved(), total - CUDA_RESERVE)
 
 
 def _memory(config: Config, gpu_gib: float | None) -> dict[str, Any]:

@@ -5,19 +5,21 @@ prefilled behind what is there, many rows at a time; a prompt that several episo
 a slot is free for the next episode as soon as its own is over. So nothing is computed twice, there are no holes, and
 the result is that of a fresh prefill of the whole sequence. Every step feeds one token of each writing row and samples
 the next. The cache lives as long as its `Decoder`, which is made anew for every rollout: it never outlives a weight
-update. On a GPU the step is captured as a graph, one for each bucket of rows and columns.
+update. On a GPU a step whose shape lasts is captured as a graph.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, Cache, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import CacheLayerMixin
 
@@ -28,8 +30,17 @@ from searche1_lite.protocol import STOP_TAGS
 PREFILL_TOKENS = 4096
 """Tokens of all rows that one forward pass takes, so that its activations do not grow with rows and documents."""
 
-BUCKET = {"cpu": 16, "cuda": 256}
-"""Columns of the cache that a step looks at are a multiple of this; on a GPU each has a graph of its own."""
+CPU_COLUMNS = 16
+"""On a CPU, a pass looks at a multiple of so many columns of the cache."""
+
+GPU_COLUMNS = (256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+"""On a GPU, at the least of these that will do, or at all: each with a graph of its own."""
+
+CAPTURE_AFTER = 8
+"""Steps of a shape before it is captured."""
+
+SPAN = 8
+"""On a CPU, neighbouring rows whose step looks at as many columns as the longest of them has."""
 
 SHADOW_ROWS = 16
 """On a GPU, rows from which plain weights are faster than 4-bit ones."""
@@ -110,6 +121,12 @@ class TagAutomaton:
     def advance(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """(B,) the states after these tokens, from states that are not `done`."""
         return self.table[states, tokens]
+
+
+@lru_cache(maxsize=4)
+def tag_automaton(tokenizer: PreTrainedTokenizerBase, size: int) -> TagAutomaton:
+    """The automaton, made once for a tokenizer."""
+    return TagAutomaton(tokenizer, size)
 
 
 def _advance(seen: str, text: str) -> str | None:
@@ -247,6 +264,7 @@ def grouped_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor,
     scaling: float | None = None,
+    spans: Sequence[tuple[int, int, int]] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """PyTorch's attention with as many copies of keys and values as they have heads, not as queries have.
@@ -255,6 +273,7 @@ def grouped_attention(
         query: (B, heads, T, width).
         key, value: (B, key-value heads, L, width).
         attention_mask: (B, 1, T, L), true where a token is seen.
+        spans: for a step, (first row, row after the last one, columns to look at) of neighbours done together.
 
     Returns:
         (B, T, heads, width), and None.
@@ -267,7 +286,17 @@ def grouped_attention(
         query = query.reshape(rows * kv_heads, groups, length, -1)
         key, value = (kept.flatten(0, 1).unsqueeze(1).expand(-1, groups, -1, -1) for kept in (key, value))
         attention_mask = attention_mask.expand(-1, kv_heads, -1, -1).flatten(0, 1).unsqueeze(1)
-    found = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+
+    def attend(rows: slice, columns: slice) -> torch.Tensor:
+        seen = (kept[rows, :, columns] for kept in (key, value))
+        return F.scaled_dot_product_attention(
+            query[rows], *seen, attn_mask=attention_mask[rows, :, :, columns], scale=scaling
+        )
+
+    if spans is None:
+        found = attend(slice(None), slice(None))
+    else:
+        found = torch.cat([attend(slice(first, end), slice(width)) for first, end, width in spans])
     return found.reshape(rows, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
@@ -279,10 +308,13 @@ def grouped(config: PretrainedConfig) -> Iterator[None]:
     """Has the model attend by `grouped_attention`, if it would use PyTorch's own."""
     text = config.get_text_config()
     usual = text._attn_implementation
+    # cuDNN's kernels, first choice on some GPUs, are planned anew for every shape, and texts come in many.
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     try:
         if usual == "sdpa":
             text._attn_implementation = _GROUPED
-        yield
+        with sdpa_kernel(kernels):
+            yield
     finally:
         text._attn_implementation = usual
 
@@ -320,9 +352,9 @@ class Decoder:
         self._config, self._backbone, self._head = base.config, base.base_model, base.get_output_embeddings()
         self._device = model.device
         self._temperature, self._greedy, self._with_logprobs = temperature, greedy, logprobs
-        self._cache = SlotCache(base.config, slots, columns)
+        self._cache = SlotCache(base.config, slots, -(-columns // 8) * 8)  # as attention kernels want their masks
         vocabulary = self._head.weight.shape[0]
-        self._automaton = TagAutomaton(tokenizer, vocabulary)
+        self._automaton = tag_automaton(tokenizer, vocabulary)
         self._ends = np.zeros(vocabulary, dtype=bool)
         self._ends[sorted(end_ids(model, tokenizer))] = True
         self.lengths = np.zeros(slots, dtype=np.int64)
@@ -361,7 +393,7 @@ class Decoder:
             tokens[row, : len(chunk)] = chunk
         real = steps < sizes[:, None]
         # Where there is no token the position is that of the last one, so that it sees no more than others do.
-        positions = lengths[:, None] + np.minimum(steps, np.maximum(sizes[:, None] - 1, 0))
+        positions = lengths[:, None] + np.minimum(steps, sizes[:, None] - 1)
         width = self._bucket(int((lengths + sizes).max()))
         together = slots[-1] - slots[0] == len(slots) - 1
         index = self._there(rows)
@@ -375,7 +407,7 @@ class Decoder:
 
     def share(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` tokens of one row's cache to another."""
-        for layer in self._cache.layers:
+        for layer in self._cache.layers if length else ():
             layer.copy(source, target, length)
         self.lengths[target] = length
 
@@ -408,8 +440,13 @@ class Decoder:
         A turn ends when a search or an answer is closed, the message ended, or the budget is used up.
         """
         slots = np.flatnonzero(self.writing)
-        rows = self._rows(int(slots[-1]) + 1)
+        rows = self.rows_for(int(slots[-1]) + 1)
         width = self._bucket(int(self.lengths[slots].max()) + 1)
+        spans = None
+        if self._graphs is None and self._device.type == "cpu":
+            firsts = range(0, rows, SPAN)
+            lengths = np.where(self.writing, self.lengths, 0)[:rows]
+            spans = [(at, min(at + SPAN, rows), int(lengths[at : at + SPAN].max()) + 1) for at in firsts]
         uniforms = np.zeros(rows)
         if not self._greedy:
             uniforms[slots] = [self._streams[slot].next() for slot in slots]  # type: ignore[union-attr]
@@ -417,7 +454,7 @@ class Decoder:
         if self._graphs is not None:
             tokens, logprobs = self._graphs.run((rows, width), self._decode, inputs)
         else:
-            tokens, logprobs = self._decode((rows, width), *map(self._there, inputs))
+            tokens, logprobs = self._decode((rows, width), *map(self._there, inputs), spans=spans)
         found = tokens.cpu().numpy()[slots]
         self.lengths[slots] += 1
         self._tokens[slots] = found
@@ -446,6 +483,7 @@ class Decoder:
         lengths: torch.Tensor,
         writing: torch.Tensor,
         uniforms: torch.Tensor,
+        spans: Sequence[tuple[int, int, int]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Next tokens and log-probs (rows,) of the first rows, all those among them that do not write included."""
         rows, width = shape
@@ -455,67 +493,77 @@ class Decoder:
             hidden = self._backbone(
                 input_ids=tokens.unsqueeze(1),
                 **self._cache.at(slots, positions, writing.unsqueeze(1), slice(0, rows), width),
+                spans=spans,
             ).last_hidden_state
         logits = self._head(hidden[:, -1])
         return pick_tokens(logits, self._temperature, None if self._greedy else uniforms, self._with_logprobs)
 
-    def _rows(self, rows: int) -> int:
-        """The rows that a step takes: on a GPU a power of two, or all, so that few graphs serve."""
-        return rows if self._graphs is None else min(len(self.writing), 1 << (rows - 1).bit_length())
+    def rows_for(self, rows: int) -> int:
+        """The rows that a step takes: on a GPU all, a half, a quarter or an eighth, so that few graphs serve."""
+        if self._graphs is None:
+            return rows
+        slots = len(self.writing)
+        return min(part for part in (-(-slots // 8), -(-slots // 4), -(-slots // 2), slots) if part >= rows)
 
     def _bucket(self, width: int) -> int:
-        size = BUCKET["cuda" if self._device.type == "cuda" else "cpu"]
-        return min(self._cache.columns, -(-width // size) * size)
+        if self._device.type == "cpu":
+            size = -(-width // CPU_COLUMNS) * CPU_COLUMNS
+        else:
+            size = next((size for size in GPU_COLUMNS if size >= width), self._cache.columns)
+        return min(self._cache.columns, size)
 
     def _there(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
 
 
 class _Graphs:
-    """Captured steps by shape. A graph replays on the memory that it was captured with: weights and cache stay put."""
+    """Captured steps by shape. A graph replays on the memory that it was captured with: weights and cache stay put.
+
+    The first steps of a shape run as they are, which also sets up their kernels; only a shape that lasts is captured.
+    """
+
+    _impossible = False
+    """For the process: a capture that failed leaves the allocator unfit for another."""
 
     def __init__(self) -> None:
         self._captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]] = {}
+        self._seen: dict[tuple[int, int], int] = {}
         self._pool: Any = None
-        self._broken = False
 
     def run(self, shape: tuple[int, int], step: Any, inputs: Sequence[np.ndarray]) -> Any:
+        if shape in self._captured:
+            graph, kept, outputs = self._captured[shape]
+            for place, array in zip(kept, inputs, strict=True):
+                place.copy_(torch.from_numpy(array), non_blocking=True)
+            graph.replay()
+            return outputs
         there = [torch.from_numpy(array).to("cuda", non_blocking=True) for array in inputs]
-        if self._broken:
-            return step(shape, *there)
-        if shape not in self._captured:
-            try:
-                self._captured[shape] = self._capture(shape, step, there)
-            except RuntimeError as error:
-                self._broken = True
-                torch.cuda.synchronize()
-                reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-                _LOG.warning("the decoding step cannot be captured as a CUDA graph (%s): slower without", reason)
-                return step(shape, *there)
-        graph, kept, outputs = self._captured[shape]
-        for place, new in zip(kept, there, strict=True):
-            place.copy_(new)
-        graph.replay()
-        return outputs
+        self._seen[shape] = self._seen.get(shape, 0) + 1
+        if self._seen[shape] == CAPTURE_AFTER and not _Graphs._impossible:
+            self._capture(shape, step, there)
+        return step(shape, *there)
 
-    def _capture(self, shape: tuple[int, int], step: Any, inputs: list[torch.Tensor]) -> Any:
-        kept = [tensor.clone() for tensor in inputs]
-        cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # a cast that is kept outside of the graph would be freed under it
+    def _capture(self, shape: tuple[int, int], step: Any, inputs: list[torch.Tensor]) -> None:
+        """Keeps a graph of the step, if that can be done; the user is told if not."""
+        current, cached = torch.cuda.current_stream(), torch.is_autocast_cache_enabled()
+        kept, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+        torch.set_autocast_cache_enabled(False)  # a cast made in the graph lives in its memory, and no longer
         try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # a first run may set up kernels, which a capture must not
-                    step(shape, *kept)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = step(shape, *kept)
             self._pool = graph.pool()
+            self._captured[shape] = graph, kept, outputs
+        except RuntimeError as error:
+            torch.cuda.set_stream(current)  # not given back where the end of the capture fails
+            cause = error.__context__ or error
+            reason = (str(cause).strip().splitlines() or ["no reason given"])[0]
+            if isinstance(cause, torch.OutOfMemoryError):
+                self._seen[shape] = CAPTURE_AFTER  # this shape goes on without
+                return
+            _Graphs._impossible = True
+            _LOG.warning("the decoding step cannot be captured as a CUDA graph (%s): slower without", reason)
         finally:
             torch.set_autocast_cache_enabled(cached)
-        return graph, kept, outputs
 
 
 def end_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -219,16 +219,15 @@ def _choose(questions: Sequence[Question], count: int, seed: int) -> list[Questi
 
 def _has_room_for_shadow(config: Config, model: PeftModel) -> bool:
     """Asked once a run: on a GPU of the memory plan, else of what is free. The user is told."""
-    size = shadow_bytes(model)
     if not uses_shadow(config.engine, model.device.type, config.engine.batch_size):
         return True
+    size = shadow_bytes(model)
     if model.device.type == "cuda":
         from searche1_lite.doctor import gpu_capacity
         from searche1_lite.memory import plan_memory
 
-        loaded = torch.cuda.memory_allocated()
         dtype = model.get_input_embeddings().weight.dtype
-        plan = plan_memory(config, model.get_base_model().config, "cuda", dtype, gpu_capacity() + loaded)
+        plan = plan_memory(config, model.get_base_model().config, "cuda", dtype, gpu_capacity())
         room = "shadow weights" in plan.stages["rollout"]
     else:
         room = size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2

@@ -188,7 +188,7 @@ def _decode(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Co
     model.eval()  # as in a rollout; in training mode, gradient checkpointing would leave the cache out
     shadow = shadow_weights(model, uses_shadow(config.engine, model.device.type, rows))
     try:
-        with torch.inference_mode(), compute_context(model), shadow:
+        with torch.inference_mode(), shadow, compute_context(model):
             decoder = Decoder(model, tokenizer, rows, len(texts[0]), logprobs=True)
             size = max(1, PREFILL_TOKENS // rows)
             for start in range(0, len(texts[0]) - written, size):

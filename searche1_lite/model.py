@@ -97,7 +97,9 @@ def shadow_weights(model: PeftModel, wanted: bool = True) -> Iterator[None]:
     """Has the model compute with plain linear layers in its compute dtype, for a while.
 
     Each holds what the 4-bit weight stands for plus the active adapter's update, added in fp32. The 4-bit weights and
-    the adapter are not touched, and are back in their places afterwards: what is learnt later is in the next shadow.
+    the adapter are not touched, and are back in their places afterwards: what is learnt later is in the next shadow. In
+    bf16 the sum is rounded, so that the first small updates show in part only, as in training's own passes; how far
+    rollouts and training are apart is `sampling_logprob_difference` in `metrics.jsonl`.
     """
     dtype = model.get_input_embeddings().weight.dtype
     replaced: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
@@ -135,7 +137,8 @@ def _plain_linear(layer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Linear
         weight = dequantize_4bit(weight, base.weight.quant_state)
     if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters:
         for adapter in layer.active_adapters:
-            weight = weight.float() + layer.get_delta_weight(adapter).float()
+            with torch.autocast(weight.device.type, enabled=False):
+                weight = weight.float() + layer.get_delta_weight(adapter).float()
     plain = torch.nn.utils.skip_init(
         torch.nn.Linear, base.in_features, base.out_features, bias=base.bias is not None, device="meta"
     )

@@ -8,6 +8,7 @@ contain, they are encoded so that they can neither open nor close a block nor be
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from searche1_lite.config import ProtocolConfig
@@ -91,6 +92,8 @@ class Protocol:
         opening, closing = config.information_template.split("{documents}")
         self._information_opening = self._encode(opening)
         self._information_closing = self._encode(closing)
+        # The samples of a question find the same passages again and again.
+        self._encode_document = lru_cache(maxsize=4096)(self.encode_data)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False) if text else []
@@ -186,7 +189,7 @@ class Protocol:
                 .replace("{title}", passage.title)
                 .replace("{text}", passage.text)
             )
-            ids += self.encode_data(text)[: self.config.max_document_tokens]
+            ids += self._encode_document(text)[: self.config.max_document_tokens]
         if not passages:
             ids += self._encode(self.config.no_result_message)
         return ids + self._information_closing

@@ -166,6 +166,7 @@ def rollout(
         episode: the rules of an episode, to be replaced where a benchmark writes the script.
         times: where the time spent is added up, by part.
     """
+    began, times = time.perf_counter(), times or RolloutTimes()
     room = protocol.config.max_completion_tokens
     rows = engine.batch_size
     if prompts is None:
@@ -191,7 +192,7 @@ def rollout(
     was_training = model.training
     model.eval()
     try:
-        with compute_context(model), shadow_weights(model, shadow):
+        with shadow_weights(model, shadow), compute_context(model):
             decoder = Decoder(
                 model,
                 tokenizer,
@@ -201,13 +202,15 @@ def rollout(
                 greedy=greedy,
                 logprobs=logprobs,
             )
-            _Play(decoder, retriever, k, rows, cpu, times or RolloutTimes(), on_progress).run(seats)
+            _Play(decoder, retriever, k, rows, cpu, times, on_progress).run(seats)
             del decoder
     finally:
         model.train(was_training)
         if not cpu:
             torch.cuda.empty_cache()
-    return [seat.episode.finish() for seat in seats]
+    trajectories = [seat.episode.finish() for seat in seats]
+    times.total += time.perf_counter() - began
+    return trajectories
 
 
 @dataclass(slots=True, eq=False)
@@ -233,8 +236,8 @@ class _Asked:
 class _Play:
     """Plays episodes in the decoder's slots: whoever waits for text to read makes room for others to write.
 
-    Prompts and replies are read by many rows at a time: when an eighth of the slots has something to read, or when
-    there is nothing to write.
+    Prompts and replies are read by many rows at a time: when an eighth of the episodes at play has something to read,
+    or when there is nothing to write.
     """
 
     def __init__(
@@ -250,28 +253,39 @@ class _Play:
         self._decoder, self._retriever, self._k = decoder, retriever, k
         self._in_step, self._times, self._on_progress = in_step, times, on_progress
         self._at: list[_Seat | None] = [None] * rows
-        self._quorum = max(1, rows // 8)
-        self._step = 0
+        self._step = self._over = 0
         self._queue: deque[_Seat] = deque()
         self._asked: deque[_Asked] = deque()
         self._replies: list[tuple[_Seat, list[int]]] = []
 
     def run(self, seats: Sequence[_Seat]) -> None:
-        began = time.perf_counter()
         self._queue.extend(seats)
-        while self._queue or any(self._at):
-            writing = bool(self._decoder.writing.any())
-            free = min(self._at.count(None), len(self._queue))
-            arrived = [asked for asked in self._asked if self._has_arrived(asked)]
-            ready = len(self._replies) + free + sum(len(asked.turns) for asked in arrived)
-            if ready >= self._quorum or not writing:
-                if not (writing or ready):
-                    arrived = list(self._asked)[: None if self._in_step else 1]
-                self._take_up(arrived)
-                self._read()
-            if self._decoder.writing.any():
-                self._write()
-        self._times.total += time.perf_counter() - began
+        try:
+            while self._queue or any(self._at):
+                self._go_on()
+        finally:
+            for asked in self._asked:
+                asked.found.cancel()
+
+    def _go_on(self) -> None:
+        """Reads, if it is time to, and writes one token."""
+        writing = bool(self._decoder.writing.any())
+        free = min(self._at.count(None), len(self._queue))
+        arrived = [asked for asked in self._asked if self._has_arrived(asked)]
+        ready = len(self._replies) + free + sum(len(asked.turns) for asked in arrived)
+        quorum = max(1, (len(self._at) - self._at.count(None)) // 8)
+        if ready >= quorum or not writing:
+            if not (writing or ready):
+                arrived = list(self._asked)[: None if self._in_step else 1]
+            self._take_up(arrived)
+            self._read()
+        if self._decoder.writing.any():
+            self._write()
+        if not self._queue:
+            self._compact()
+        if self._over and self._on_progress is not None:
+            self._on_progress(self._over)
+        self._over = 0
 
     def _has_arrived(self, asked: _Asked) -> bool:
         return self._step - asked.step >= HEAD_START if self._in_step else asked.found.done()
@@ -318,43 +332,40 @@ class _Play:
         self._step += 1
         self._times.decode_steps += 1
         searches: list[tuple[_Seat, Action, SampledTurn]] = []
-        over = 0
-        # Slots change while the episodes that are over give theirs back.
-        for seat, turn in [(self._at[slot], turn) for slot, turn in ended]:
+        for slot, turn in ended:
+            seat = self._at[slot]
             assert seat is not None
             action = seat.episode.take_turn(turn)
             if action.kind == "search" and seat.episode.may_search:
                 searches.append((seat, action, turn))
             else:
-                over += self._reply(seat, action, turn, None)
+                self._reply(seat, action, turn, None)
         if searches:
             queries = [action.content for _, action, _ in searches]
-            self._asked.append(_Asked(searches, _SEARCHER.submit(self._search, queries), self._step))
-        if over and self._on_progress is not None:
-            self._on_progress(over)
+            found = _SEARCHER.submit(_search, self._retriever, queries, self._k, self._times)
+            self._asked.append(_Asked(searches, found, self._step))
 
-    def _reply(self, seat: _Seat, action: Action, turn: SampledTurn, passages: list[Passage] | None) -> bool:
-        """Lets the environment react; whether the episode is over with it."""
+    def _reply(self, seat: _Seat, action: Action, turn: SampledTurn, passages: list[Passage] | None) -> None:
+        """Lets the environment react; an episode that is over with it gives its slot back."""
         ids = seat.episode.react(action, turn, passages)
         if seat.episode.over:
-            self._free(seat)
+            self._decoder.release(seat.slot)
+            self._at[seat.slot] = None
+            self._over += 1
         else:
             self._replies.append((seat, turn.ids[-1:] + ids))
-        return seat.episode.over
 
-    def _free(self, seat: _Seat) -> None:
-        """Gives the slot back. When no one queues for it, the last row takes it, so that steps take fewer rows."""
-        self._decoder.release(seat.slot)
-        self._at[seat.slot] = None
-        last = next((other for other in reversed(self._at) if other is not None), None)
-        if not self._queue and last is not None and last.slot > seat.slot:
-            self._decoder.move(last.slot, seat.slot)
-            self._at[last.slot], self._at[seat.slot] = None, last
-            last.slot = seat.slot
-
-    def _search(self, queries: list[str]) -> list[list[Passage]]:
-        with self._clock("search"):
-            return self._retriever.search(queries, self._k)
+    def _compact(self) -> None:
+        """Moves the last rows to free slots before them, where steps then take fewer rows."""
+        taken = [seat for seat in self._at if seat is not None]
+        if not taken or self._decoder.rows_for(len(taken)) == self._decoder.rows_for(taken[-1].slot + 1):
+            return
+        for slot, seat in enumerate(self._at[: len(taken)]):
+            if seat is None:
+                last = taken.pop()
+                self._decoder.move(last.slot, slot)
+                self._at[last.slot], self._at[slot] = None, last
+                last.slot = slot
 
     @contextmanager
     def _clock(self, part: str) -> Iterator[None]:
@@ -363,3 +374,12 @@ class _Play:
             yield
         finally:
             setattr(self._times, part, getattr(self._times, part) + time.perf_counter() - began)
+
+
+def _search(retriever: Retriever, queries: list[str], k: int, times: RolloutTimes) -> list[list[Passage]]:
+    """In the thread that searches. It holds on to nothing of the rollout, should that break off."""
+    began = time.perf_counter()
+    try:
+        return retriever.search(queries, k)
+    finally:
+        times.search += time.perf_counter() - began

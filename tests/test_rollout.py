@@ -470,10 +470,12 @@ def test_the_policy_is_given_back_as_it_was(talking_policy_folder: Path, shelf, 
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
 
 
-def test_progress_adds_up_to_every_episode(talker: Policy, shelf) -> None:
+@pytest.mark.parametrize("tokens", [40, 400])
+def test_progress_adds_up_to_every_episode(talker: Policy, shelf, tokens: int) -> None:
+    """Those included that end because what they found leaves no room."""
     told: list[int] = []
     model, tokenizer = talker
-    protocol = Protocol(tokenizer, tiny_protocol_config())
+    protocol = Protocol(tokenizer, tiny_protocol_config(max_completion_tokens=tokens))
     arguments = {"engine": EngineConfig(batch_size=4), "k": 1, "seed_parts": (0,), "on_progress": told.append}
     rollout(model, tokenizer, shelf, protocol, QUESTIONS, 3, **arguments)
     assert sum(told) == 12 and all(count > 0 for count in told)

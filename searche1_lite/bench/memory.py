@@ -40,7 +40,7 @@ def measure_memory(
     """
     import torch
 
-    from searche1_lite.doctor import model_shape
+    from searche1_lite.doctor import gpu_capacity, model_shape
     from searche1_lite.measure import measure, save_random_base
     from searche1_lite.memory import plan_memory
     from searche1_lite.search.index import cache_folder
@@ -49,7 +49,12 @@ def measure_memory(
     own = config is not None
     config = config if config is not None else standard_workload(1024 if quick else 4096)
     shape = model_shape(config) if own or device == "cuda" else small_shape()
-    plan = plan_memory(config, shape, device)
+    capacity = None
+    if device == "cuda":
+        capacity = min(gpu_capacity(), int((cap_gb or 1e6) * 1e9))
+    plan = plan_memory(config, shape, device, capacity=capacity)
+    shadow = "always" if "shadow weights" in plan.stages["rollout"] else "never"
+    config = replace(config, engine=replace(config.engine, shadow=shadow))  # what is planned is what is measured
     memory: dict[str, Any] = {"workload": config.model.name if own else f"standard ({shape.model_type})"}
     cache_folder().mkdir(parents=True, exist_ok=True)  # /tmp may lie in memory
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:

@@ -15,6 +15,10 @@ _MAX_QUERY = 4096
 """Characters; what comes after is not searched. A term has at least one, so it also bounds Lucene's clauses."""
 
 
+_FEW = 4
+"""Queries that are answered one after the other: threads for a batch would take longer to start."""
+
+
 class TextStore(Protocol):
     """Where the passages are whose text an index does not hold."""
 
@@ -83,13 +87,16 @@ class BM25Retriever:
 
     def _search_distinct(self, queries: list[str], k: int) -> dict[str, list[Passage]]:
         answers: dict[str, list[Passage]] = {query: [] for query in queries}
-        texts, keys = self._array_list(), self._array_list()
         asked = [query for query in queries if query]
+        if len(asked) <= _FEW:
+            for query in asked:
+                hits = self._searcher.search(self._string(query.encode("utf-8")), k)
+                answers[query] = [self._passage(hit) for hit in hits]
+            return answers
+        texts, keys = self._array_list(), self._array_list()
         for position, query in enumerate(asked):
             texts.add(self._string(query.encode("utf-8")))
             keys.add(self._string(str(position).encode()))
-        if not asked:
-            return answers
         results = self._searcher.batch_search(texts, keys, k, self._threads)
         for position, query in enumerate(asked):
             for hit in results.get(str(position)) or []:
