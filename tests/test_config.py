@@ -249,8 +249,9 @@ def test_a_cards_preset_takes_search_r1s_4096_tokens_and_says_which_card_it_is_f
 
 def test_larger_cards_presets_do_the_same_faster() -> None:
     configs = [load_config(DEFAULT_PRESETS[size]) for size in sorted(DEFAULT_PRESETS)]
-    for smaller, larger in itertools.pairwise(configs):
-        assert smaller.engine.batch_size < larger.engine.batch_size
+    for (smaller, larger), size in zip(itertools.pairwise(configs), (12, 16, 24), strict=True):
+        # The 16 GB card spends its room on plain weights instead (`test_memory.py` has who plans for them).
+        assert smaller.engine.batch_size < larger.engine.batch_size or size == 16
         assert smaller.grpo.micro_batch_tokens <= larger.grpo.micro_batch_tokens
         differing = {key for key, value in flatten(smaller).items() if flatten(larger)[key] != value}
         adapter = {"model.lora_rank", "model.lora_alpha"}
