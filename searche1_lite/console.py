@@ -121,7 +121,8 @@ def bench_tables(found: dict[str, Any]) -> list[Table | str]:
 def memory_table(memory: dict[str, Any], device: str) -> Table:
     """A row a stage: measured, planned, and beside the dense step."""
     table = Table(title=f"peak memory in MB, {device}, {memory['workload']}")
-    for heading in ("stage", "measured", "plan", "plan/measured", "dense step", "ours/dense"):
+    headings = ("stage", "measured", "plan", "plan/\nmeasured", "dense\nstep", "ours/\ndense", "seconds,\nours/dense")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for name in ("rollout", "grpo", "ofsd"):
         if f"{name}_plan_bytes" not in memory:
@@ -130,9 +131,9 @@ def memory_table(memory: dict[str, Any], device: str) -> Table:
         measured, plan, dense = ("-" if size is None else f"{size / 1e6:.0f}" for size in sizes)
         if memory[f"{name}_bytes"] is None:
             measured = "out of memory"
-        ratios = (memory.get(f"{name}_plan_vs_measured"), memory.get(f"{name}_vs_dense"))
-        planned, beside = ("-" if ratio is None else f"{ratio:.3f}" for ratio in ratios)
-        table.add_row(name, measured, plan, planned, dense, beside)
+        ratios = [memory.get(f"{name}_{kind}") for kind in ("plan_vs_measured", "vs_dense", "seconds_vs_dense")]
+        planned, beside, seconds = ("-" if ratio is None else f"{ratio:.3f}" for ratio in ratios)
+        table.add_row(name, measured, plan, planned, dense, beside, seconds)
     return table
 
 

@@ -103,7 +103,7 @@ class TagAutomaton:
 
     Args:
         tokenizer: its tokens' texts are what the automaton reads.
-        size: the model's vocabulary; ids beyond the tokenizer's read as other text.
+        size: the model's vocabulary; ids that have no token read as nothing.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
@@ -113,7 +113,10 @@ class TagAutomaton:
         """The state in which a tag is complete."""
         self.table = np.zeros((len(prefixes), size), dtype=np.uint8)
         """(states, V): the state after a token."""
-        for token, text in _tag_like(tokenizer, size):
+        names = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
+        nothing = [token for token in range(size) if token >= len(names) or names[token] is None]
+        self.table[:, nothing] = np.arange(len(prefixes), dtype=np.uint8)[:, None]
+        for token, text in _tag_like(tokenizer, names):
             for prefix, number in numbers.items():
                 end = _advance(prefix, text)
                 self.table[number, token] = self.done if end is None else numbers[end]
@@ -140,13 +143,13 @@ def _advance(seen: str, text: str) -> str | None:
     return seen
 
 
-def _tag_like(tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[tuple[int, str]]:
+def _tag_like(tokenizer: PreTrainedTokenizerBase, names: Sequence[str | None]) -> Iterator[tuple[int, str]]:
     """The tokens that can begin, continue or complete a closing tag, with their texts."""
     inner = {tag[start:end] for tag in STOP_TAGS for end in range(len(tag) + 1) for start in range(end)}
     # Behind another token, as some tokenizers drop the space before the first one.
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
     before = tokenizer.decode(anchor, skip_special_tokens=False)
-    for token, name in enumerate(tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))):
+    for token, name in enumerate(names):
         if name is not None and (name in inner or "<" in name or ">" in name):
             text = tokenizer.decode([*anchor, token], skip_special_tokens=False)
             yield token, text.removeprefix(before)
@@ -265,7 +268,7 @@ def grouped_attention(
     attention_mask: torch.Tensor,
     scaling: float | None = None,
     spans: Sequence[tuple[int, int, int]] | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """PyTorch's attention with as many copies of keys and values as they have heads, not as queries have.
 
@@ -277,7 +280,12 @@ def grouped_attention(
 
     Returns:
         (B, T, heads, width), and None.
+
+    Raises:
+        UserError: for a model that wants more than that of its attention.
     """
+    if wanted := [name for name in ("softcap", "position_bias", "s_aux") if others.get(name) is not None]:
+        raise UserError(f"this model attends with {wanted[0]}, which rollouts do not have; take another base")
     (rows, heads, length, _), kv_heads = query.shape, key.shape[1]
     groups = heads // kv_heads
     if groups > 1 and length == 1:  # the heads that share keys are as good as a longer query

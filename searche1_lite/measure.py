@@ -39,7 +39,8 @@ def measure(stage: str, config: Config, *, dense: bool = False, cap_gb: float | 
         cap_gb: on a GPU, the most that the process may allocate.
 
     Returns:
-        `{"peak_bytes", "seconds"}`; both None if the memory did not suffice.
+        `{"peak_bytes", "seconds"}`; both None if the memory did not suffice. For a training step the seconds are those
+        that it takes for one trajectory, without setting up the trainer.
 
     Raises:
         UserError: if the process failed otherwise.
@@ -204,28 +205,34 @@ def _decode(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Co
         model.train(was_training)
 
 
-def _grpo_step(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Config, folder: Path) -> None:
+def _grpo_step(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Config, folder: Path) -> float:
+    """Seconds a trajectory."""
     from searche1_lite.grpo import train_grpo
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
+    records: list[dict[str, Any]] = []
 
     def answer(asked: "Sequence[Question]", n: int, seed_parts: Sequence[int | str]) -> "list[Trajectory]":
         return [_trajectory(config, vocabulary, int(q.id), sample) for q in asked for sample in range(n)]
 
     train_grpo(
         model, tokenizer, answer, _questions(config), config,
-        run_seed=0, round_index=1, output_dir=folder, on_step=lambda record: None,
+        run_seed=0, round_index=1, output_dir=folder, on_step=records.append,
     )  # fmt: skip
+    return records[-1]["seconds"] / (config.grpo.questions_per_step * config.grpo.group_size)
 
 
-def _ofsd_step(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Config, folder: Path) -> None:
+def _ofsd_step(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Config, folder: Path) -> float:
+    """Seconds a pair."""
     from searche1_lite.ofsd import train_ofsd
     from searche1_lite.protocol import Protocol
 
+    records: list[dict[str, Any]] = []
     train_ofsd(
         model, tokenizer, Protocol(tokenizer, config.protocol), _pairs(model, config), config,
-        run_seed=0, round_index=1, output_dir=folder, on_step=lambda record: None,
+        run_seed=0, round_index=1, output_dir=folder, on_step=records.append,
     )  # fmt: skip
+    return records[-1]["seconds"] / config.ofsd.batch_size
 
 
 def full_trajectories(config: Config) -> int:
@@ -257,8 +264,12 @@ def _pairs(model: "PeftModel", config: Config) -> list[Any]:
     ]
 
 
-def _dense_step(model: "PeftModel", config: Config, stage: str) -> None:
-    """One micro-batch and its update as a short script would have them: full logits of every position, in fp32."""
+def _dense_step(model: "PeftModel", config: Config, stage: str) -> float:
+    """One micro-batch and its update as a short script would have them: full logits of every position, in fp32.
+
+    Returns:
+        Seconds a trajectory.
+    """
     import torch
     from torch.nn import functional as F
 
@@ -288,6 +299,8 @@ def _dense_step(model: "PeftModel", config: Config, stage: str) -> None:
         device=model.device,
     )
 
+    began = time.monotonic()
+
     def logprobs(ids: torch.Tensor) -> torch.Tensor:
         with compute_context(model):
             logits = model(input_ids=ids).logits
@@ -305,7 +318,11 @@ def _dense_step(model: "PeftModel", config: Config, stage: str) -> None:
     del student
     ((losses * mask).sum() / mask.sum()).backward()
     optimizer.step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    taken = time.monotonic() - began
     drop_adapter(model, "frozen")
+    return taken / rows
 
 
 def _run(request: dict[str, Any], name: str, config: Config, folder: Path) -> _Peak:
@@ -325,12 +342,13 @@ def _run(request: dict[str, Any], name: str, config: Config, folder: Path) -> _P
         return peak
     peak.begin()
     if request["dense"]:
-        _dense_step(model, config, request["stage"])
+        seconds = _dense_step(model, config, request["stage"])
     elif request["stage"] == "GRPO step":
-        _grpo_step(model, tokenizer, config, folder)
+        seconds = _grpo_step(model, tokenizer, config, folder)
     else:
-        _ofsd_step(model, tokenizer, config, folder)
+        seconds = _ofsd_step(model, tokenizer, config, folder)
     peak.end()
+    peak.seconds = seconds
     return peak
 
 

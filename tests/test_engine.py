@@ -205,6 +205,8 @@ def test_the_automaton_finds_a_tag_exactly_where_the_decoded_text_has_one(name: 
         ids = [token for letter in tag for token in tokenizer.encode(letter)]
         for _ in range(rng.randrange(4)):
             ids[rng.randrange(len(ids))] = rng.choice([*near, rng.randrange(size)])
+        if rng.random() < 0.3:  # an id that has no token
+            ids.insert(rng.randrange(len(ids)), rng.randrange(len(tokenizer), size))
         state, closed = np.zeros(1, dtype=np.uint8), None
         for count, token in enumerate(ids, start=1):
             state = automaton.advance(state, np.array([token]))
@@ -228,6 +230,23 @@ def test_attention_over_shared_keys_is_that_over_copies_of_them() -> None:
         copies = (kept.repeat_interleave(3, dim=1) for kept in (key, value))
         plain = torch.nn.functional.scaled_dot_product_attention(query, *copies, attn_mask=mask, scale=0.3)
         torch.testing.assert_close(ours, plain.transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", ["softcap", "position_bias", "s_aux"])
+def test_attention_that_would_leave_something_out_is_refused(wanted: str) -> None:
+    some = torch.ones(1, 1, 1, 8)
+    with pytest.raises(UserError, match=wanted):
+        grouped_attention(torch.nn.Module(), some, some, some, torch.ones(1, 1, 1, 1).bool(), **{wanted: some})
+
+
+def test_rows_that_look_at_their_own_columns_only_see_what_they_saw() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(5, 4, 1, 8), torch.randn(5, 2, 9, 8), torch.randn(5, 2, 9, 8)
+    lengths = torch.tensor([3, 1, 9, 4, 2])
+    mask = (torch.arange(9) < lengths[:, None])[:, None, None]
+    whole, _ = grouped_attention(torch.nn.Module(), query, key, value, mask)
+    parts, _ = grouped_attention(torch.nn.Module(), query, key, value, mask, spans=[(0, 2, 3), (2, 4, 9), (4, 5, 2)])
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
 
 
 def test_the_models_own_attention_is_back_after_a_pass(tiny_policy) -> None:

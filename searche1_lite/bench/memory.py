@@ -34,9 +34,9 @@ def measure_memory(
         quick: a standard workload of 1,024 tokens.
 
     Returns:
-        `workload`, for each stage `NAME_bytes`, `NAME_plan_bytes` and
-        `NAME_plan_vs_measured`; with the dense steps `grpo_dense_bytes` and `grpo_vs_dense` (ours / dense), and the
-        same for `ofsd`. None stands for what did not fit into the memory.
+        `workload`; for each stage `NAME_bytes`, `NAME_plan_bytes` and `NAME_plan_vs_measured`; with the dense steps
+        `grpo_dense_bytes` and `grpo_vs_dense` (ours / dense), `grpo_seconds` and `grpo_dense_seconds` a trajectory and
+        `grpo_seconds_vs_dense`, and the same for `ofsd`. None stands for what did not fit into the memory.
     """
     import torch
 
@@ -70,9 +70,17 @@ def measure_memory(
             memory[f"{name}_plan_vs_measured"] = round(plan.peaks[stage] / bytes_, 3) if bytes_ else None
             if not own and stage != "rollout":
                 on_part(f"{stage}, dense")
-                dense = measure(stage, there, dense=True, cap_gb=cap_gb)["peak_bytes"]
+                plain = measure(stage, there, dense=True, cap_gb=cap_gb)
+                dense = plain["peak_bytes"]
                 memory[f"{name}_dense_bytes"] = dense
                 memory[f"{name}_vs_dense"] = round(bytes_ / dense, 3) if bytes_ and dense else None
+                # The same work: of self-distillation the one pair whose reference is as long as can be.
+                alike = replace(there, ofsd=replace(there.ofsd, batch_size=full_pairs(there)[0]))
+                own_seconds, dense_seconds = measure(stage, alike, cap_gb=cap_gb)["seconds"], plain["seconds"]
+                memory[f"{name}_seconds"], memory[f"{name}_dense_seconds"] = own_seconds, dense_seconds
+                memory[f"{name}_seconds_vs_dense"] = (
+                    round(own_seconds / dense_seconds, 3) if own_seconds and dense_seconds else None
+                )
     return memory
 
 
