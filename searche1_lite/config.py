@@ -9,7 +9,7 @@ import re
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -343,7 +343,10 @@ def _check_keys(data: dict[str, Any], section: type, prefix: str) -> None:
             _check_keys(value, kind, f"{prefix}{key}.")
         elif isinstance(value, bool) and kind is not bool:
             # Pydantic would read true as 1.
-            raise UserError(f"{prefix}{key}={str(value).lower()} is impossible: this is not a true/false setting")
+            choices = f"; choose {', '.join(map(str, get_args(kind)))}" if get_origin(kind) is Literal else ""
+            raise UserError(
+                f"{prefix}{key}={str(value).lower()} is impossible: this is not a true/false setting{choices}"
+            )
 
 
 def _hint(key: str, prefix: str, known: list[str]) -> str:

@@ -209,3 +209,14 @@ def test_the_table_tells_what_did_not_fit(found: dict[str, Any]) -> None:
     lines = {line.split()[1]: line for line in shown.get().splitlines() if line.startswith("│")}
     assert f"{memory['grpo_bytes'] / 1e6:.0f}" in lines["grpo"] and "2000" in lines["grpo"] and "0.125" in lines["grpo"]
     assert "out of memory" in lines["ofsd"] and f"{memory['ofsd_plan_bytes'] / 1e6:.0f}" in lines["ofsd"]
+
+
+def test_a_preset_with_another_part_than_memory_is_refused_not_ignored() -> None:
+    with pytest.raises(UserError, match="rollout has workloads of its own"):
+        bench(load_config("demo"), parts=["memory", "rollout"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it means something")
+def test_a_cap_on_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match="--cap-gb is for a GPU"):
+        bench(cap_gb=4.0, parts=["memory"])

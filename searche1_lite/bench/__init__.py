@@ -49,9 +49,11 @@ def bench(
         - `round`: seconds and shares of a short round of the demo; `measure_round` lists them.
 
     Raises:
-        UserError: for a part that there is not, or a measurement that fails.
+        UserError: for a part that there is not, a config with another part than `memory`, or a measurement that fails.
     """
     check_parts(parts)
+    if config is not None and (others := [part for part in parts if part != "memory"]):
+        raise UserError(f"the part {others[0]} has workloads of its own; leave out --preset, --config and settings")
     chosen = list(parts) or (list(PARTS) if config is None else ["memory"])
     found: dict[str, Any] = {"machine": _machine(), "quick": quick}
     # Each is imported in its turn: the memory part measures processes of its own, and needs nothing of the others.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from searche1_lite.config import Config, load_config
+from searche1_lite.errors import UserError
 from searche1_lite.measure import full_pairs, full_trajectories
 
 STAGES = ("rollout", "GRPO step", "OFSD step")
@@ -46,6 +47,8 @@ def measure_memory(
     from searche1_lite.search.index import cache_folder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if cap_gb is not None and device == "cpu":
+        raise UserError("--cap-gb is for a GPU, and there is none here; leave it out")
     own = config is not None
     config = config if config is not None else standard_workload(1024 if quick else 4096)
     shape = model_shape(config) if own or device == "cuda" else small_shape()
