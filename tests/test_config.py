@@ -117,7 +117,10 @@ def test_a_value_of_the_wrong_type_is_refused_by_its_key(override: str, key: str
     "key", [key for key, value in flatten(Config()).items() if not isinstance(value, bool)], ids=str
 )
 def test_only_a_true_or_false_setting_takes_true(key: str) -> None:
-    assert refusal(f"{key}=true") == f"{key}=true is impossible: this is not a true/false setting"
+    told = refusal(f"{key}=true")
+    assert told.startswith(f"{key}=true is impossible: this is not a true/false setting")
+    # YAML reads a bare `on` as true: where words are to be chosen from, they are named.
+    assert told.endswith("; choose auto, always, never") or key != "engine.shadow"
 
 
 @pytest.mark.parametrize(
