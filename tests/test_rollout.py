@@ -17,7 +17,7 @@ from searche1_lite import rollout as rollout_module
 from searche1_lite.config import EngineConfig
 from searche1_lite.engine import SampledTurn, end_ids
 from searche1_lite.protocol import Protocol
-from searche1_lite.rollout import Episode, RolloutTimes, rollout
+from searche1_lite.rollout import Episode, RolloutTimes, _Play, rollout
 from searche1_lite.search.base import Passage
 from searche1_lite.trajectory import Question, Trajectory
 
@@ -352,6 +352,59 @@ def test_a_prompt_is_prefilled_once_for_all_samples_that_start_together(talker: 
     protocol = Protocol(talker[1], tiny_protocol_config())
     for question in QUESTIONS:
         assert read.count(protocol.prompt_ids(question.question)[:-1]) == 1
+
+
+def test_a_sibling_that_starts_later_takes_the_prompt_over_from_one_at_play(talker: Policy, shelf, monkeypatch) -> None:
+    read: list[list[int]] = []
+    real = engine.Decoder.prefill
+
+    def watched(decoder: engine.Decoder, slots: Sequence[int], chunks: Sequence[list[int]]) -> None:
+        read.extend(chunks)
+        real(decoder, slots, chunks)
+
+    monkeypatch.setattr(engine.Decoder, "prefill", watched)
+    trajectories = play(talker, shelf, n=24, questions=QUESTIONS[:1], batch_size=8)
+    prompt = trajectories[0].prompt_ids
+    assert len(trajectories) == 24 and read.count(prompt[:-1]) == 1
+
+
+def test_steps_take_no_more_rows_than_there_are_episodes_left(talker: Policy, shelf, monkeypatch) -> None:
+    left: list[int] = []
+    taken: list[tuple[int, int]] = []
+    real_go_on, real_step = _Play._go_on, engine.Decoder.step
+
+    def go_on(game: _Play) -> None:
+        left.append(len(game._at) - game._at.count(None) or 64)  # all sit down in the first pass
+        real_go_on(game)
+
+    def step(decoder: engine.Decoder) -> object:
+        taken.append((left[-1], int(decoder.writing.nonzero()[0].max()) + 1))
+        return real_step(decoder)
+
+    monkeypatch.setattr(_Play, "_go_on", go_on)
+    monkeypatch.setattr(engine.Decoder, "step", step)
+    play(talker, shelf, n=16)
+    assert min(left) < 10 and all(rows <= episodes for episodes, rows in taken)
+
+
+def test_a_rollout_that_breaks_off_leaves_no_searches_for_the_next_one_to_wait_for(talker, shelf, monkeypatch) -> None:
+    monkeypatch.setattr(rollout_module, "HEAD_START", 1000)
+    retriever = GatedRetriever(shelf.passages)
+    retriever.gate = Event()
+    steps, real = [0], engine.Decoder.step
+
+    def breaking(decoder: engine.Decoder) -> object:
+        steps[0] += bool(hasattr(retriever, "seen"))
+        if steps[0] == 12:
+            raise RuntimeError("in a step")
+        return real(decoder)
+
+    monkeypatch.setattr(engine.Decoder, "step", breaking)
+    with pytest.raises(RuntimeError, match="in a step"):
+        play(talker, retriever, n=16, batch_size=16)
+    retriever.gate.set()
+    rollout_module._SEARCHER.submit(int).result()  # behind whatever is still queued
+    assert len(retriever.batches) == 1
 
 
 @pytest.mark.parametrize("shadow", ["always", "never"])
