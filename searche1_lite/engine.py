@@ -9,23 +9,18 @@ update. On a GPU a step whose shape lasts is captured as a graph.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from peft import PeftModel
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, Cache, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.cache_utils import CacheLayerMixin
+from transformers import PreTrainedTokenizerBase
 
 from searche1_lite.config import EngineConfig
-from searche1_lite.errors import UserError
-from searche1_lite.protocol import STOP_TAGS
+from searche1_lite.kv_cache import SlotCache, grouped
+from searche1_lite.stopping import end_ids, tag_automaton
 
 PREFILL_TOKENS = 4096
 """Tokens of all rows that one forward pass takes, so that its activations do not grow with rows and documents."""
@@ -44,8 +39,6 @@ SPAN = 8
 
 SHADOW_ROWS = 16
 """On a GPU, rows from which plain weights are faster than 4-bit ones."""
-
-_GROUPED = "searche1_lite_grouped"
 
 _LOG = logging.getLogger(__name__)
 
@@ -94,237 +87,6 @@ def pick_tokens(
         if not with_logprobs:
             return tokens, None
     return tokens, scaled.gather(1, tokens.unsqueeze(1)).squeeze(1) - scaled.logsumexp(dim=-1)
-
-
-class TagAutomaton:
-    """Finds where a closing tag is complete, token by token, without decoding text.
-
-    A state is how much of a tag the text so far ends with; state 0 is nothing of it.
-
-    Args:
-        tokenizer: its tokens' texts are what the automaton reads.
-        size: the model's vocabulary; ids that have no token read as nothing.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-        prefixes = sorted({tag[:length] for tag in STOP_TAGS for length in range(len(tag))}, key=len)
-        numbers = {prefix: number for number, prefix in enumerate(prefixes)}
-        self.done = len(prefixes)
-        """The state in which a tag is complete."""
-        self.table = np.zeros((len(prefixes), size), dtype=np.uint8)
-        """(states, V): the state after a token."""
-        names = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
-        nothing = [token for token in range(size) if token >= len(names) or names[token] is None]
-        self.table[:, nothing] = np.arange(len(prefixes), dtype=np.uint8)[:, None]
-        for token, text in _tag_like(tokenizer, names):
-            for prefix, number in numbers.items():
-                end = _advance(prefix, text)
-                self.table[number, token] = self.done if end is None else numbers[end]
-
-    def advance(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """(B,) the states after these tokens, from states that are not `done`."""
-        return self.table[states, tokens]
-
-
-@lru_cache(maxsize=4)
-def tag_automaton(tokenizer: PreTrainedTokenizerBase, size: int) -> TagAutomaton:
-    """The automaton, made once for a tokenizer."""
-    return TagAutomaton(tokenizer, size)
-
-
-def _advance(seen: str, text: str) -> str | None:
-    """The part of a tag that `seen + text` ends with; None if a tag is complete in it."""
-    for character in text:
-        seen += character
-        if seen in STOP_TAGS:
-            return None
-        while not any(tag.startswith(seen) for tag in STOP_TAGS):
-            seen = seen[1:]
-    return seen
-
-
-def _tag_like(tokenizer: PreTrainedTokenizerBase, names: Sequence[str | None]) -> Iterator[tuple[int, str]]:
-    """The tokens that can begin, continue or complete a closing tag, with their texts."""
-    inner = {tag[start:end] for tag in STOP_TAGS for end in range(len(tag) + 1) for start in range(end)}
-    # Behind another token, as some tokenizers drop the space before the first one.
-    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
-    before = tokenizer.decode(anchor, skip_special_tokens=False)
-    for token, name in enumerate(names):
-        if name is not None and (name in inner or "<" in name or ">" in name):
-            text = tokenizer.decode([*anchor, token], skip_special_tokens=False)
-            yield token, text.removeprefix(before)
-
-
-@dataclass(slots=True)
-class _Place:
-    """Where the pass at hand writes into the cache and what it reads of it."""
-
-    rows: torch.Tensor
-    """(B, 1)"""
-    columns: torch.Tensor
-    """(B, T)"""
-    read: slice | torch.Tensor
-    """The rows that are read: a range of slots, or (B,) slots."""
-    width: int
-    """The columns that are read, from the first."""
-
-
-class _SlotLayer(CacheLayerMixin):
-    """One layer's keys and values, (slots, heads, columns, width) each, in the dtype in which they come."""
-
-    is_compileable = False
-
-    def __init__(self, slots: int, columns: int) -> None:
-        super().__init__()
-        self._slots, self._columns, self._cleared = slots, columns, 0
-        self.place: _Place
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys, self.values = (
-            new.new_empty((self._slots, new.shape[1], self._columns, new.shape[3]))
-            for new in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def _clear(self, width: int) -> None:
-        """Makes columns finite that are read for the first time: what is masked is still multiplied, by 0."""
-        if width > self._cleared:
-            for kept in (self.keys, self.values):
-                kept[:, :, self._cleared : width] = 0
-            self._cleared = width
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        place, found = self.place, []
-        self._clear(place.width)
-        for kept, new in ((self.keys, key_states), (self.values, value_states)):
-            kept[place.rows, :, place.columns] = new.transpose(1, 2)
-            found.append(kept[:, :, : place.width][place.read])
-        return found[0], found[1]
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        for kept in (self.keys, self.values):
-            kept[target, :, :length] = kept[source, :, :length]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.place.width, 0
-
-    def get_seq_length(self) -> int:
-        return 0  # never asked for: positions and masks are given
-
-    def get_max_length(self) -> int:
-        return self._columns
-
-
-class SlotCache(Cache):
-    """A static KV cache whose rows are filled to different lengths. Its last column takes what nobody reads."""
-
-    def __init__(self, config: PretrainedConfig, slots: int, columns: int) -> None:
-        text = config.get_text_config()
-        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-        if not kinds <= {"full_attention", "sliding_attention"}:
-            raise UserError(f"{text.model_type} has layers that keep no KV cache ({', '.join(sorted(kinds))})")
-        window = getattr(text, "sliding_window", None)
-        # Models that do not say which layers have a window have it in all of them.
-        self._window = window if getattr(text, "layer_types", None) is None else None
-        self._windows = {"full_attention": None, "sliding_attention": window} if "sliding_attention" in kinds else None
-        self.columns = columns
-        super().__init__(layers=[_SlotLayer(slots, columns + 1) for _ in range(text.num_hidden_layers)])
-
-    def at(
-        self, rows: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, read: slice | torch.Tensor, width: int
-    ) -> dict[str, Any]:
-        """What the model's next pass needs to write tokens at `positions` and to see all before them.
-
-        Args:
-            rows: (B,) slots.
-            positions: (B, T) of the tokens in their sequences.
-            real: (B, T) false where there is no token.
-            read: the same slots, as a range if they are one.
-            width: columns to look at, more than any position.
-        """
-        place = _Place(rows.unsqueeze(1), torch.where(real, positions, self.columns), read, width)
-        for layer in self.layers:
-            layer.place = place
-        columns = torch.arange(width, device=rows.device)
-        last = positions[:, None, :, None]
-
-        def seen(window: int | None) -> torch.Tensor:
-            return columns <= last if window is None else (columns <= last) & (columns > last - window)
-
-        windows = self._windows
-        mask = seen(self._window) if windows is None else {kind: seen(window) for kind, window in windows.items()}
-        return {"attention_mask": mask, "position_ids": positions, "past_key_values": self, "use_cache": True}
-
-
-def grouped_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float | None = None,
-    spans: Sequence[tuple[int, int, int]] | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """PyTorch's attention with as many copies of keys and values as they have heads, not as queries have.
-
-    Args:
-        query: (B, heads, T, width).
-        key, value: (B, key-value heads, L, width).
-        attention_mask: (B, 1, T, L), true where a token is seen.
-        spans: for a step, (first row, row after the last one, columns to look at) of neighbours done together.
-
-    Returns:
-        (B, T, heads, width), and None.
-
-    Raises:
-        UserError: for a model that wants more than that of its attention.
-    """
-    if wanted := [name for name in ("softcap", "position_bias", "s_aux") if others.get(name) is not None]:
-        raise UserError(f"this model attends with {wanted[0]}, which rollouts do not have; take another base")
-    (rows, heads, length, _), kv_heads = query.shape, key.shape[1]
-    groups = heads // kv_heads
-    if groups > 1 and length == 1:  # the heads that share keys are as good as a longer query
-        query = query.reshape(rows, kv_heads, groups, -1)
-    elif groups > 1:
-        query = query.reshape(rows * kv_heads, groups, length, -1)
-        key, value = (kept.flatten(0, 1).unsqueeze(1).expand(-1, groups, -1, -1) for kept in (key, value))
-        attention_mask = attention_mask.expand(-1, kv_heads, -1, -1).flatten(0, 1).unsqueeze(1)
-
-    def attend(rows: slice, columns: slice) -> torch.Tensor:
-        seen = (kept[rows, :, columns] for kept in (key, value))
-        return F.scaled_dot_product_attention(
-            query[rows], *seen, attn_mask=attention_mask[rows, :, :, columns], scale=scaling
-        )
-
-    if spans is None:
-        found = attend(slice(None), slice(None))
-    else:
-        found = torch.cat([attend(slice(first, end), slice(width)) for first, end, width in spans])
-    return found.reshape(rows, heads, length, -1).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(_GROUPED, grouped_attention)
-
-
-@contextmanager
-def grouped(config: PretrainedConfig) -> Iterator[None]:
-    """Has the model attend by `grouped_attention`, if it would use PyTorch's own."""
-    text = config.get_text_config()
-    usual = text._attn_implementation
-    # cuDNN's kernels, first choice on some GPUs, are planned anew for every shape, and texts come in many.
-    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    try:
-        if usual == "sdpa":
-            text._attn_implementation = _GROUPED
-        with sdpa_kernel(kernels):
-            yield
-    finally:
-        text._attn_implementation = usual
 
 
 def uses_shadow(engine: EngineConfig, device: str, rows: int) -> bool:
@@ -572,12 +334,3 @@ class _Graphs:
             _LOG.warning("the decoding step cannot be captured as a CUDA graph (%s): slower without", reason)
         finally:
             torch.set_autocast_cache_enabled(cached)
-
-
-def end_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that end a message: the tokenizer's, the model's, and the chat template's `<|im_end|>`."""
-    ids = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")}
-    config = model.get_base_model().generation_config
-    eos = config.eos_token_id if config is not None else None
-    ids |= set(eos) if isinstance(eos, list) else {eos}
-    return frozenset(index for index in ids if index is not None)

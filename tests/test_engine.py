@@ -5,25 +5,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
-import numpy as np
 import pytest
 import torch
 from conftest import byte_level_tokenizer, fresh_policy, tiny_config
-from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, Qwen2ForCausalLM, Qwen3NextConfig
+from transformers import MistralConfig, MistralForCausalLM, Qwen2ForCausalLM
 
 from searche1_lite import engine
 from searche1_lite.config import ModelConfig
-from searche1_lite.engine import (
-    Decoder,
-    SlotCache,
-    TagAutomaton,
-    UniformStream,
-    grouped_attention,
-    pick_tokens,
-)
-from searche1_lite.errors import UserError
-from searche1_lite.model import load_policy, resolve_model, shadow_weights
-from searche1_lite.protocol import STOP_TAGS
+from searche1_lite.engine import Decoder, UniformStream, pick_tokens
+from searche1_lite.model import load_policy, shadow_weights
 from searche1_lite.seeding import derive_seed
 
 
@@ -191,64 +181,6 @@ def test_inverse_cdf_sampling_follows_the_probabilities() -> None:
     torch.testing.assert_close(logprobs, logits[0][tokens])
 
 
-@pytest.mark.parametrize("name", ["bytes", "demo"])
-def test_the_automaton_finds_a_tag_exactly_where_the_decoded_text_has_one(name: str) -> None:
-    tokenizer = byte_level_tokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(resolve_model("demo"))
-    size = len(tokenizer) + 5  # a model may have more rows than its tokenizer has tokens
-    automaton = TagAutomaton(tokenizer, size)
-    rng, found = Random(1), 0
-    near = {token for tag in STOP_TAGS for token in tokenizer.encode("".join(tag) + ">\n< ") + tokenizer.encode(tag)}
-    near |= {token for token in range(len(tokenizer)) if tokenizer.decode([token]) in set("</>searchanw")}
-    for _ in range(3000):
-        # Bits of tags are likely enough that whole ones come about in many ways.
-        tag = rng.choice(STOP_TAGS)
-        ids = [token for letter in tag for token in tokenizer.encode(letter)]
-        for _ in range(rng.randrange(4)):
-            ids[rng.randrange(len(ids))] = rng.choice([*near, rng.randrange(size)])
-        if rng.random() < 0.3:  # an id that has no token
-            ids.insert(rng.randrange(len(ids)), rng.randrange(len(tokenizer), size))
-        state, closed = np.zeros(1, dtype=np.uint8), None
-        for count, token in enumerate(ids, start=1):
-            state = automaton.advance(state, np.array([token]))
-            if state[0] == automaton.done:
-                closed = count
-                break
-        text = [tokenizer.decode(ids[:count]) for count in range(1, len(ids) + 1)]
-        expected = next((n for n, one in enumerate(text, start=1) if any(tag in one for tag in STOP_TAGS)), None)
-        assert closed == expected, [tokenizer.decode([token]) for token in ids]
-        found += closed is not None
-    assert 300 < found < 2700
-
-
-def test_attention_over_shared_keys_is_that_over_copies_of_them() -> None:
-    torch.manual_seed(0)
-    for length in (1, 5):
-        query, key, value = torch.randn(3, 6, length, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)
-        mask = torch.rand(3, 1, length, 9) < 0.5
-        mask[..., 0] = True
-        ours, _ = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
-        copies = (kept.repeat_interleave(3, dim=1) for kept in (key, value))
-        plain = torch.nn.functional.scaled_dot_product_attention(query, *copies, attn_mask=mask, scale=0.3)
-        torch.testing.assert_close(ours, plain.transpose(1, 2), atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("wanted", ["softcap", "position_bias", "s_aux"])
-def test_attention_that_would_leave_something_out_is_refused(wanted: str) -> None:
-    some = torch.ones(1, 1, 1, 8)
-    with pytest.raises(UserError, match=wanted):
-        grouped_attention(torch.nn.Module(), some, some, some, torch.ones(1, 1, 1, 1).bool(), **{wanted: some})
-
-
-def test_rows_that_look_at_their_own_columns_only_see_what_they_saw() -> None:
-    torch.manual_seed(0)
-    query, key, value = torch.randn(5, 4, 1, 8), torch.randn(5, 2, 9, 8), torch.randn(5, 2, 9, 8)
-    lengths = torch.tensor([3, 1, 9, 4, 2])
-    mask = (torch.arange(9) < lengths[:, None])[:, None, None]
-    whole, _ = grouped_attention(torch.nn.Module(), query, key, value, mask)
-    parts, _ = grouped_attention(torch.nn.Module(), query, key, value, mask, spans=[(0, 2, 3), (2, 4, 9), (4, 5, 2)])
-    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
-
-
 def test_the_models_own_attention_is_back_after_a_pass(tiny_policy) -> None:
     model, tokenizer = tiny_policy
     config = model.get_base_model().config
@@ -279,11 +211,6 @@ def test_a_model_with_sliding_windows_writes_what_generate_writes(tmp_path: Path
     assert generated[0, len(prompt) :].tolist() == ids and len(ids) == 15
 
 
-def test_a_model_with_layers_that_keep_no_cache_is_refused() -> None:
-    with pytest.raises(UserError, match="linear_attention"):
-        SlotCache(Qwen3NextConfig(num_hidden_layers=4), 1, 8)
-
-
 def test_a_row_that_reads_nothing_may_write_from_its_first_token(tiny_policy) -> None:
     model, tokenizer = tiny_policy
     with torch.inference_mode():
@@ -307,12 +234,6 @@ def test_ends_are_told_apart(tiny_policy_folder: Path, monkeypatch: pytest.Monke
         ended |= dict(decoder.step())
     assert [ended[slot].ended for slot in range(5)] == ["tag", "tag", "eos", "budget", "tag"]
     assert [ended[slot].ids for slot in range(5)] == rows
-
-
-def test_the_cache_is_in_the_dtype_of_the_keys(tiny_policy) -> None:
-    cache = SlotCache(tiny_policy[0].get_base_model().config, 3, 10)
-    cache.layers[0].lazy_initialization(*[torch.zeros(1, 2, 1, 16, dtype=torch.bfloat16)] * 2)
-    assert cache.layers[0].keys.dtype == torch.bfloat16 and cache.layers[0].keys.shape == (3, 2, 11, 16)
 
 
 def test_what_lies_in_memory_before_the_cache_does_not_reach_the_result(tiny_policy, monkeypatch) -> None:

@@ -25,13 +25,14 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import searche1_lite.engine
 from searche1_lite.config import Config, EngineConfig, GRPOStageConfig, ModelConfig, OFSDStageConfig
-from searche1_lite.engine import Decoder, SampledTurn, end_ids
+from searche1_lite.engine import Decoder, SampledTurn
 from searche1_lite.grpo import train_grpo
 from searche1_lite.model import load_policy
 from searche1_lite.ofsd import Pair, select_pairs, train_ofsd, training_rows
 from searche1_lite.protocol import Protocol, parse_turn
 from searche1_lite.rollout import rollout
 from searche1_lite.search.base import Passage
+from searche1_lite.stopping import end_ids
 from searche1_lite.trajectory import Question, Trajectory
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
