@@ -174,7 +174,7 @@ def _filled_slots(model: PeftModel, config: Config) -> tuple[SlotCache, torch.Te
     base, rows = model.get_base_model(), config.engine.batch_size
     text, dtype = base.config.get_text_config(), base.get_input_embeddings().weight.dtype
     cache = SlotCache(base.config, rows, _cache_columns(config))
-    entry = torch.empty((rows, text.num_key_value_heads, 1, _head_width(text)), dtype=dtype)
+    entry = torch.empty((rows, text.num_key_value_heads, 1, head_width(text)), dtype=dtype)
     for layer in cache.layers:
         layer.lazy_initialization(entry, entry)
     return cache, torch.arange(rows), [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
@@ -368,12 +368,13 @@ def _cache_columns(config: Config) -> int:
     return config.protocol.max_prompt_tokens + config.protocol.max_completion_tokens
 
 
-def _head_width(text: PretrainedConfig) -> int:
+def head_width(text: PretrainedConfig) -> int:
+    """Numbers in a key of one head."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _cache_bytes(config: Config, shape: PretrainedConfig, dtype: torch.dtype) -> int:
     """Keys and values of a full batch of full-length episodes, and a column for what nobody reads."""
     text = shape.get_text_config()
-    entries = 2 * text.num_hidden_layers * text.num_key_value_heads * _head_width(text)
+    entries = 2 * text.num_hidden_layers * text.num_key_value_heads * head_width(text)
     return config.engine.batch_size * (_cache_columns(config) + 1) * entries * dtype.itemsize

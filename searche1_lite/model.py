@@ -104,7 +104,7 @@ def shadow_weights(model: PeftModel, wanted: bool = True) -> Iterator[None]:
     dtype = model.get_input_embeddings().weight.dtype
     replaced: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
     try:
-        for parent, name, layer in _adapted_layers(model) if wanted else ():
+        for parent, name, layer in adapted_layers(model) if wanted else ():
             parent._modules[name] = _plain_linear(layer, dtype)
             replaced.append((parent, name, layer))
         yield
@@ -113,7 +113,7 @@ def shadow_weights(model: PeftModel, wanted: bool = True) -> Iterator[None]:
             parent._modules[name] = layer
 
 
-def _adapted_layers(model: PeftModel) -> list[tuple[torch.nn.Module, str, torch.nn.Module]]:
+def adapted_layers(model: PeftModel) -> list[tuple[torch.nn.Module, str, torch.nn.Module]]:
     """The layers that have an adapter or 4-bit weights, each with its parent and its name there."""
     return [
         (parent, name, child)
@@ -127,7 +127,7 @@ def _adapted_layers(model: PeftModel) -> list[tuple[torch.nn.Module, str, torch.
 def shadow_bytes(model: PeftModel) -> int:
     """What `shadow_weights` takes."""
     size = model.get_input_embeddings().weight.element_size()
-    return size * sum(layer.in_features * layer.out_features for _, _, layer in _adapted_layers(model))
+    return size * sum(layer.in_features * layer.out_features for _, _, layer in adapted_layers(model))
 
 
 def _plain_linear(layer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Linear:

@@ -11,6 +11,9 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from searche1_lite.memory import head_width, nf4_bytes
+from searche1_lite.model import adapted_layers
+
 
 @dataclass(frozen=True, slots=True)
 class Demand:
@@ -41,19 +44,13 @@ def demand(model: PeftModel, plain: bool) -> Demand:
     base = model.get_base_model()
     config, dtype = base.config.get_text_config(), model.get_input_embeddings().weight.dtype
     weights, size = 0, 0
-    layers = [
-        layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-        for layer in base.modules()
-        if isinstance(layer, BaseTunerLayer | Linear4bit)
-    ]
-    for layer in {id(layer): layer for layer in layers}.values():
+    for _, _, layer in adapted_layers(model):
         count = layer.in_features * layer.out_features
         weights += count
-        # A half byte each, and a scale of 8 bits for every 64 of them.
-        size += int(count * (0.5 + 1 / 64)) if isinstance(layer, Linear4bit) and not plain else count * dtype.itemsize
+        four_bits = isinstance(layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer, Linear4bit)
+        size += nf4_bytes(count) if four_bits and not plain else count * dtype.itemsize
     head = base.get_output_embeddings().weight.numel()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * width * dtype.itemsize
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_width(config) * dtype.itemsize
     return Demand(size + head * dtype.itemsize, kv, 2 * (weights + head))
 
 
