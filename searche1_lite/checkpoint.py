@@ -7,6 +7,7 @@ is its adapter (safetensors) and `state.json`: every stage is seeded on its own,
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +25,14 @@ class RunFolder:
         path: the folder; looked at now, and made by `start`.
         config: the run's settings.
         resume: go on with the run that is there, if it has the same settings.
+        shared: a folder of answers that several runs share; it must be there.
 
     Raises:
         UserError: if the folder holds another run, or anything else; nothing is overwritten.
     """
 
-    def __init__(self, path: Path, config: Config, resume: bool) -> None:
-        self.path = path
+    def __init__(self, path: Path, config: Config, resume: bool, shared: Path | None = None) -> None:
+        self.path, self._shared = path, shared
         self.summary_path = path / "summary.json"
         existing = path / "config.yaml"
         if existing.is_file():
@@ -80,6 +82,52 @@ class RunFolder:
         with (self.path / "trajectories" / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
+    def keep_answers(self, name: str, key: str, records: list[dict[str, Any]], seconds: float) -> None:
+        """Writes `trajectories/NAME.jsonl`, to be found again under `key`, which tells what the answers depend on."""
+        note = self.path / "trajectories" / f"{name}.key.json"
+        note.unlink(missing_ok=True)  # it would be about other answers
+        self.save_trajectories(name, records)
+        write_atomically(note, json.dumps({"key": key, "seconds": seconds}) + "\n")
+        if self._shared is not None:
+            _copy(self.path / "trajectories" / f"{name}.jsonl", self._shared / f"{key}.jsonl")
+            _copy(note, self._shared / f"{key}.key.json")
+
+    def kept_answers(self, name: str, key: str) -> tuple[list[dict[str, Any]], float] | None:
+        """The answers kept under `key` and their seconds: this run's, else shared ones, which become its own."""
+        answers, note = (self.path / "trajectories" / f"{name}.{kind}" for kind in ("jsonl", "key.json"))
+        kept = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {"key": None}
+        if kept["key"] != key:
+            if self._shared is None or not (self._shared / f"{key}.key.json").is_file():
+                return None
+            note.unlink(missing_ok=True)
+            _copy(self._shared / f"{key}.jsonl", answers)
+            _copy(self._shared / f"{key}.key.json", note)
+            kept = json.loads(note.read_text(encoding="utf-8"))
+        with answers.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file], kept["seconds"]
+
+    def adopt(self, donor: Path, stages: Sequence[str]) -> None:
+        """Takes over finished `stages` of another run, in their order: by settings and seed they are this run's too.
+
+        Does nothing in a run that has a checkpoint of its own.
+        """
+        if not stages or self.latest() is not None:
+            return
+        state = json.loads((donor / "checkpoints" / stages[-1] / "state.json").read_text(encoding="utf-8"))
+        with (donor / "metrics.jsonl").open("rb") as file:
+            write_atomically(self.path / "metrics.jsonl", file.read(state["metrics_size"]).decode("utf-8"))
+        for file in (donor / "trajectories").iterdir():
+            if file.name.startswith(tuple(f"{name}." for name in stages)):
+                _copy(file, self.path / "trajectories" / file.name)
+        for name in reversed(stages):  # the furthest first: whatever is there then is complete
+            final = self.path / "checkpoints" / name
+            staging = final.with_name(f".{name}.staging")
+            shutil.rmtree(staging, ignore_errors=True)
+            shutil.copytree(donor / "checkpoints" / name, staging)
+            for file in [*staging.iterdir(), staging]:
+                _sync(file)
+            staging.rename(final)
+
     def save_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.summary_path, json.dumps(summary, indent=2) + "\n")
 
@@ -116,6 +164,14 @@ def check_adapter_folder(folder: Path) -> None:
     """Refuses a folder without an adapter, before the model is loaded for it."""
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds no adapter (no adapter_config.json); give a folder written by `train`")
+
+
+def _copy(source: Path, to: Path) -> None:
+    """A copy that is there whole or not at all, whoever else writes the same one."""
+    staging = to.with_name(f".{to.name}.{os.getpid()}.staging")
+    shutil.copyfile(source, staging)
+    _sync(staging)
+    staging.replace(to)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -159,6 +159,10 @@ class OFSDStageConfig:
     """`snapshot`: the adapter as the stage began, frozen. `base`: adapter disabled. `live`: the adapter as it moves."""
     teacher_prompt: Literal["privileged", "plain", "foreign"] = "privileged"
     """`privileged`: the question with its reference. `plain`: the control. `foreign`: another question's reference."""
+    reference: Literal["efficient", "random_correct", "most_different", "random"] = "efficient"
+    """Which rollout of the student's group is the reference. `efficient`: the correct one with the fewest searches, the
+    method. `random_correct`: any correct one but the student. `most_different`: the correct one that differs most from
+    the student. `random`: any one but the student, whatever it earned: no privilege. All have the same students."""
     reference_documents: bool = True
     """Show the reference with the documents it retrieved."""
     students: Literal["any", "wrong", "correct"] = "any"
@@ -175,11 +179,23 @@ class OFSDStageConfig:
 
 
 @dataclass(config=_STRICT)
+class BudgetConfig:
+    """What training may spend, so that runs compare at equal cost. The rounds end with whichever is used up first."""
+
+    updates: Count = 0
+    """Optimizer updates of GRPO and OFSD together; 0: no limit."""
+    seconds: Annotated[float, Field(ge=0.0)] = 0.0
+    """Seconds of training, rollouts included, evaluation and diagnostics not; 0: no limit. The update in which they run
+    out is the last."""
+
+
+@dataclass(config=_STRICT)
 class Config:
     """A whole run."""
 
     seed: Count = 0
     rounds: PositiveInt = 2
+    """Rounds of GRPO and OFSD; fewer where `budget` ends them."""
     model: ModelConfig = field(default_factory=ModelConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
@@ -187,6 +203,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     grpo: GRPOStageConfig = field(default_factory=GRPOStageConfig)
     ofsd: OFSDStageConfig = field(default_factory=OFSDStageConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
 
 
 DEFAULT_PRESETS = {8: "qwen2.5-3b-8gb", 12: "qwen2.5-3b-12gb", 16: "qwen2.5-3b-16gb", 24: "qwen2.5-3b-24gb"}

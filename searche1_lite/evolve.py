@@ -4,13 +4,16 @@ Read `run` top to bottom: it is the method. Every stage is seeded by the run's s
 that was interrupted and resumed after any stage gives the same figures, bit for bit, as one that was not.
 """
 
+import hashlib
+import json
 import os
 import resource
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,12 +25,14 @@ from transformers import PreTrainedTokenizerBase
 from searche1_lite.benchmarks import load_run_questions
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config
+from searche1_lite.diagnostics import WATCHED, watch
 from searche1_lite.divergence import try_losses
 from searche1_lite.engine import uses_shadow
 from searche1_lite.evaluate import evaluate
 from searche1_lite.grpo import train_grpo
-from searche1_lite.model import load_adapter_weights, load_policy, shadow_bytes
-from searche1_lite.ofsd import Pair, kl_diagnostics, ofsd_steps, select_pairs, teacher_prompts, train_ofsd
+from searche1_lite.model import adapter_digest, load_adapter_weights, load_policy, shadow_bytes
+from searche1_lite.ofsd import ofsd_steps, train_ofsd
+from searche1_lite.pairs import Pair, select_pairs, teacher_prompts
 from searche1_lite.protocol import Protocol
 from searche1_lite.rollout import rollout
 from searche1_lite.search.catalog import open_retriever
@@ -80,6 +85,68 @@ class Run:
         with self.progress.task(name, len(questions) * n) as advance:
             return self.rollout(questions, n, seed_parts, greedy=greedy, prompts=prompts, on_progress=advance)
 
+    def answer_once(
+        self,
+        folder: RunFolder,
+        file: str,
+        name: str,
+        questions: Sequence[Question],
+        n: int,
+        seed_parts: Sequence[int | str],
+        greedy: bool,
+    ) -> tuple[list[Trajectory], float]:
+        """`answer`, kept in `trajectories/FILE.jsonl`, and the seconds that it took.
+
+        Taken from there if the same answers were given before: by this run, had it been interrupted, or by another one
+        of its sweep. They are the same if the policy computes the same and was asked the same in the same way.
+        """
+        config = self.config
+        asked = {
+            "policy": (config.model.name, config.model.revision, config.model.quantization, adapter_digest(self.model)),
+            "environment": (asdict(config.search), asdict(config.protocol)),
+            "decoding": "greedy" if greedy else (config.engine.temperature, *seed_parts),
+            "questions": [(question.id, question.question, question.golden_answers) for question in questions],
+            "n": n,
+        }
+        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        if (found := folder.kept_answers(file, key)) is None:
+            began = time.monotonic()
+            trajectories = self.answer(name, questions, n, seed_parts, greedy)
+            found = [t.to_dict() for t in trajectories], round(time.monotonic() - began, 3)
+            folder.keep_answers(file, key, *found)
+            return trajectories, found[1]
+        records, seconds = found
+        return [Trajectory.from_dict(record) for record in records], seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What is left of the budget; None: no limit."""
+
+    updates: int | None
+    seconds: float | None
+
+    @classmethod
+    def after(cls, config: Config, stages: Sequence[dict[str, Any]]) -> "Allowance":
+        """Of a run's budget, once these stages of its summary have taken their part."""
+        updates, seconds = config.budget.updates, config.budget.seconds
+        return cls(
+            updates - sum(stage.get("steps", 0) for stage in stages) if updates else None,
+            seconds - sum(stage["seconds"] for stage in stages) if seconds else None,
+        )
+
+    @property
+    def used_up(self) -> bool:
+        return any(left is not None and left <= 0 for left in (self.updates, self.seconds))
+
+    def steps(self, planned: int) -> int:
+        """As many of the `planned` updates as are left."""
+        return planned if self.updates is None else min(planned, self.updates)
+
+    def deadline(self, spent: float = 0.0) -> float | None:
+        """On `time.monotonic()`'s clock, for what begins now, after the stage has `spent` some seconds."""
+        return None if self.seconds is None else time.monotonic() + self.seconds - spent
+
 
 def run(
     config: Config,
@@ -116,12 +183,11 @@ def run(
 
     def measure(stage: dict[str, Any]) -> None:
         """Evaluates the policy as it stands and adds its figures to the summary."""
-        name, began = stage["name"], time.monotonic()
-        trajectories = work.answer(f"{name}: evaluate", test_questions, 1, (config.seed, "evaluate"), greedy=True)
+        name = stage["name"]
+        file, task, seed_parts = f"{name}.evaluation", f"{name}: evaluate", (config.seed, "evaluate")
+        trajectories, seconds = work.answer_once(folder, file, task, test_questions, 1, seed_parts, greedy=True)
         metrics = evaluate(trajectories, config.seed)
-        spent = {"evaluation_seconds": round(time.monotonic() - began, 1)}
-        summary["stages"].append({"name": name} | metrics | stage | spent)
-        folder.save_trajectories(f"{name}.evaluation", [t.to_dict() for t in trajectories])
+        summary["stages"].append({"name": name} | metrics | stage | {"evaluation_seconds": round(seconds, 1)})
         folder.log({"stage": "evaluate", "name": name, **metrics})
         folder.update_checkpoint(name, summary | {"metrics_size": folder.metrics_size()})
         folder.save_summary(summary)
@@ -139,60 +205,72 @@ def run(
 
     if "base" not in done:
         keep("base", 0.0, {})
-    for index in range(1, config.rounds + 1):
+    for index, kind in product(range(1, config.rounds + 1), ("grpo", "ofsd") if config.ofsd.enabled else ("grpo",)):
+        name = f"round{index}.{kind}"
+        if name in done:
+            continue
+        left = Allowance.after(config, summary["stages"])
+        if left.used_up:
+            break
         begin_peak()
-        if (name := f"round{index}.grpo") not in done:
-            keep(name, *_run_grpo(work, train_questions, folder, name, index))
-        begin_peak()
-        if config.ofsd.enabled and (name := f"round{index}.ofsd") not in done:
-            keep(name, *_run_ofsd(work, train_questions, folder, name, index))
+        run_stage = _run_grpo if kind == "grpo" else _run_ofsd
+        keep(name, *run_stage(work, train_questions, folder, name, index, left))
     return summary
 
 
 def _run_grpo(
-    work: Run, questions: Sequence[Question], folder: RunFolder, name: str, index: int
+    work: Run, questions: Sequence[Question], folder: RunFolder, name: str, index: int, left: Allowance
 ) -> tuple[float, dict[str, Any]]:
     """Seconds and figures of one GRPO stage."""
     began = time.monotonic()
     folder.save_trajectories(f"{name}.rollouts", [])
-    with work.progress.task(f"round{index}: GRPO", work.config.grpo.steps) as advance:
+    steps = left.steps(work.config.grpo.steps)
+    with work.progress.task(f"round{index}: GRPO", steps) as advance:
         result = train_grpo(
             work.model, work.tokenizer, partial(work.rollout, logprobs=True), questions, work.config,
             run_seed=work.config.seed, round_index=index, output_dir=folder.path / "checkpoints",
             on_step=lambda record: (folder.log(record), advance(1)),
             on_rollouts=lambda rollouts: folder.add_trajectories(f"{name}.rollouts", [t.to_dict() for t in rollouts]),
+            deadline=left.deadline(), limit=steps,
         )  # fmt: skip
     return time.monotonic() - began, result
 
 
 def _run_ofsd(
-    work: Run, questions: Sequence[Question], folder: RunFolder, name: str, index: int
+    work: Run, questions: Sequence[Question], folder: RunFolder, name: str, index: int, left: Allowance
 ) -> tuple[float, dict[str, Any]]:
     """Seconds and figures of one OFSD stage. What is only looked at, not needed to train, is timed apart."""
-    began, stage = time.monotonic(), work.config.ofsd
-    asked = _choose(questions, stage.questions, derive_seed(work.config.seed, "ofsd-questions", index))
-    seed_parts = (work.config.seed, "ofsd-rollouts", index)
-    rollouts = work.answer(f"round{index}: roll out", asked, stage.rollouts, seed_parts, greedy=False)
-    folder.save_trajectories(f"{name}.rollouts", [t.to_dict() for t in rollouts])
-    pairs, counts = select_pairs(rollouts, stage.students)
+    config, stage = work.config, work.config.ofsd
+    asked = _choose(questions, stage.questions, derive_seed(config.seed, "ofsd-questions", index))
+    file, seed_parts = f"{name}.rollouts", (config.seed, "ofsd-rollouts", index)
+    rollouts, rolled = work.answer_once(
+        folder, file, f"round{index}: roll out", asked, stage.rollouts, seed_parts, greedy=False
+    )
+    pairs, counts = select_pairs(
+        rollouts, stage.students, stage.reference, derive_seed(config.seed, "ofsd-reference", index)
+    )
 
-    watched = time.monotonic()
-    privilege = compare_teacher(work, pairs, f"round{index}: teacher", (work.config.seed, "teacher", index))
-    kl = kl_diagnostics(work.model, work.protocol, pairs, work.config)
-    diagnostics = time.monotonic() - watched
+    began = time.monotonic()
+    privilege = compare_teacher(work, pairs, f"round{index}: teacher", (config.seed, "teacher", index))
+    kl, token_records = watch(work.model, work.protocol, rollouts, pairs, config)
+    folder.save_trajectories(f"{name}.kl", token_records)
+    diagnostics = time.monotonic() - began
 
-    with work.progress.task(f"round{index}: OFSD", ofsd_steps(pairs, stage)) as advance:
+    began = time.monotonic()
+    steps = left.steps(ofsd_steps(pairs, stage))
+    with work.progress.task(f"round{index}: OFSD", steps) as advance:
         result = train_ofsd(
-            work.model, work.tokenizer, work.protocol, pairs, work.config,
-            run_seed=work.config.seed, round_index=index, output_dir=folder.path / "checkpoints",
+            work.model, work.tokenizer, work.protocol, pairs, config,
+            run_seed=config.seed, round_index=index, output_dir=folder.path / "checkpoints",
             on_step=lambda record: (folder.log(record), advance(1)),
+            deadline=left.deadline(spent=rolled), limit=steps,
         )  # fmt: skip
     figures = {"pairs": counts, "privilege": privilege, "kl": kl, "diagnostic_seconds": round(diagnostics, 1)}
-    return time.monotonic() - began - diagnostics, figures | result
+    return rolled + time.monotonic() - began, figures | result | {"rollout_seconds": rolled}
 
 
 def compare_teacher(
-    work: Run, pairs: Sequence[Pair], name: str, seed_parts: Sequence[int | str], limit: int = 64
+    work: Run, pairs: Sequence[Pair], name: str, seed_parts: Sequence[int | str], limit: int = WATCHED
 ) -> dict[str, dict[str, float]]:
     """Is the teacher better than the student? Fresh sampled answers to the pairs' questions under both prompts.
 

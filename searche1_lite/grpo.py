@@ -64,12 +64,17 @@ class StepReporter(TrainerCallback):
     Args:
         describe: turns TRL's log of one step into our record.
         deadline: `time.monotonic()`; the step in which it passes is the last (so at least one is done). None: no limit.
+        limit: steps after which it stops too; None: no limit.
     """
 
     def __init__(
-        self, describe: Callable[[dict[str, Any]], dict[str, Any]], on_step: OnStep, deadline: float | None
+        self,
+        describe: Callable[[dict[str, Any]], dict[str, Any]],
+        on_step: OnStep,
+        deadline: float | None,
+        limit: int | None,
     ) -> None:
-        self._describe, self._on_step, self._deadline = describe, on_step, deadline
+        self._describe, self._on_step, self._deadline, self._limit = describe, on_step, deadline, limit
         self._began = time.monotonic()
         self.steps = 0
 
@@ -78,7 +83,8 @@ class StepReporter(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.steps = state.global_step
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        if late or self.steps == self._limit:
             control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -198,6 +204,7 @@ def train_grpo(
     on_step: OnStep,
     on_rollouts: Callable[[list[Trajectory]], None] | None = None,
     deadline: float | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """One GRPO stage; the trained adapter is changed in place.
 
@@ -207,6 +214,7 @@ def train_grpo(
         on_step: told each step's figures.
         on_rollouts: shown each step's trajectories.
         deadline: `time.monotonic()` after which the stage ends early.
+        limit: optimizer steps, at least 1, after which it ends early.
 
     Returns:
         `{"steps", "rollout_seconds"}`.
@@ -262,7 +270,7 @@ def train_grpo(
             "learning_rate": logs.get("learning_rate"),
         }
 
-    reporter = StepReporter(describe, on_step, deadline)
+    reporter = StepReporter(describe, on_step, deadline, limit)
     arguments = GRPOConfig(
         **trainer_arguments(model, config, seed=seed, output_dir=output_dir, steps=stage.steps),
         loss_type="grpo",

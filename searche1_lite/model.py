@@ -4,6 +4,7 @@ Everything that changes shape or precision of the policy is here. The base is ne
 move the policy. LoRA weights are fp32 masters on every device; activations and the KV cache are in the compute dtype.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -362,6 +363,19 @@ def _adapter_parameters(model: PeftModel, name: str) -> dict[str, torch.nn.Param
         for key, parameter in model.named_parameters()
         if marker in key and "lora_" in key
     }
+
+
+def adapter_digest(model: PeftModel) -> str | None:
+    """SHA-256 of the trained adapter's weights; None if it is as LoRA begins, which computes what the base does."""
+    parameters = _adapter_parameters(model, ADAPTER)
+    if not any(parameter.any() for name, parameter in parameters.items() if "lora_B" in name):
+        return None
+    settings = model.peft_config[ADAPTER]
+    digest = hashlib.sha256(f"{settings.lora_alpha} / {settings.r}".encode())
+    for name, parameter in sorted(parameters.items()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def snapshot_adapter(model: PeftModel, name: str = "teacher") -> None:

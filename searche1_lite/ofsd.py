@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,87 +28,13 @@ from searche1_lite.grpo import OnStep, StepReporter, drop_printer, rows_of, trai
 from searche1_lite.logprobs import completion_hidden, token_logprobs
 from searche1_lite.microbatch import micro_batches
 from searche1_lite.model import compute_context, drop_adapter, keep_adapter_fp32, snapshot_adapter, use_adapter
+from searche1_lite.pairs import Pair, teacher_prompts
 from searche1_lite.protocol import Protocol
 from searche1_lite.seeding import derive_seed
 from searche1_lite.trajectory import Trajectory
 
 TEACHER = "teacher"
 """The frozen copy of the adapter."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A right and efficient rollout, and a sibling of the same question that was wrong or less efficient."""
-
-    reference: Trajectory
-    student: Trajectory
-
-
-def _efficiency(trajectory: Trajectory) -> tuple[int, int]:
-    return trajectory.n_searches, trajectory.n_model_tokens
-
-
-def difference(one: Trajectory, other: Trajectory) -> tuple[int, float, int]:
-    """How much two rollouts of a question differ, compared left to right.
-
-    Number of searches; then the share of distinct queries they do not have in common; then model-written tokens.
-    """
-    ours = {" ".join(search.query.lower().split()) for search in one.searches}
-    theirs = {" ".join(search.query.lower().split()) for search in other.searches}
-    union = ours | theirs
-    apart = 1 - len(ours & theirs) / len(union) if union else 0.0
-    return abs(one.n_searches - other.n_searches), apart, abs(one.n_model_tokens - other.n_model_tokens)
-
-
-def select_pairs(trajectories: Sequence[Trajectory], students: str = "any") -> tuple[list[Pair], dict[str, int]]:
-    """At most one pair a question, in the order in which the questions come.
-
-    The reference is the correct rollout with the fewest searches, then the fewest model tokens, then the lowest sample.
-    The student is the rollout that differs most from it (`difference`; ties: the lowest sample): a wrong one if there
-    is one, else a correct one that is less efficient.
-
-    Args:
-        trajectories: rollouts of any questions, several each.
-        students: `any`, `wrong` or `correct`: which siblings may be students.
-
-    Returns:
-        The pairs, and counts: `questions`, `pairs`, `none_correct`, `none_less_efficient`, `wrong_students`,
-        `correct_students`.
-    """
-    groups: dict[str, list[Trajectory]] = {}
-    for trajectory in trajectories:
-        groups.setdefault(trajectory.question.id, []).append(trajectory)
-    pairs: list[Pair] = []
-    counts = dict.fromkeys(["none_correct", "none_less_efficient", "wrong_students", "correct_students"], 0)
-    for group in groups.values():
-        right = [t for t in group if t.correct]
-        if not right:
-            counts["none_correct"] += 1
-            continue
-        reference = min(right, key=lambda t: (*_efficiency(t), t.sample))
-        wrong = [t for t in group if not t.correct] if students != "correct" else []
-        worse = [t for t in right if _efficiency(t) > _efficiency(reference)] if students != "wrong" else []
-        candidates = wrong or worse
-        if not candidates:
-            counts["none_less_efficient"] += 1
-            continue
-        student = max(candidates, key=lambda t: (*difference(reference, t), -t.sample))
-        counts["wrong_students" if wrong else "correct_students"] += 1
-        pairs.append(Pair(reference, student))
-    return pairs, {"questions": len(groups), "pairs": len(pairs), **counts}
-
-
-def teacher_prompts(protocol: Protocol, pairs: Sequence[Pair], kind: str, with_documents: bool) -> list[list[int]]:
-    """Each pair's teacher prompt: `privileged`, `plain` (the control) or `foreign` (the next pair's reference)."""
-    if kind == "plain":
-        return [pair.student.prompt_ids for pair in pairs]
-    shift = 1 if kind == "foreign" else 0
-    return [
-        protocol.privileged_prompt_ids(
-            pair.student.question.question, pairs[(index + shift) % len(pairs)].reference, with_documents
-        )
-        for index, pair in enumerate(pairs)
-    ]
 
 
 def trained_tokens(trajectory: Trajectory, tokens: str) -> list[int]:
@@ -123,7 +48,7 @@ def trained_tokens(trajectory: Trajectory, tokens: str) -> list[int]:
     return mask
 
 
-def _padded(rows: Sequence[Sequence[int]], value: int, side: str, device: torch.device) -> torch.Tensor:
+def padded(rows: Sequence[Sequence[int]], value: int, side: str, device: torch.device) -> torch.Tensor:
     return pad([torch.tensor(row) for row in rows], padding_value=value, padding_side=side).to(device)
 
 
@@ -133,74 +58,6 @@ def as_teacher(model: PeftModel, kind: str) -> Iterator[None]:
     adapter = nullcontext() if kind == "live" else use_adapter(model, TEACHER if kind == "snapshot" else None)
     with torch.no_grad(), adapter:
         yield
-
-
-@torch.no_grad()
-def token_kl(
-    model: PeftModel,
-    pairs: Sequence[Pair],
-    prompts: Sequence[list[int]],
-    *,
-    pad_id: int,
-    temperature: float,
-    micro_batch_tokens: int,
-) -> list[list[float]]:
-    """KL(teacher || student) at every token of each student: teacher = the model as it is now, under `prompts`.
-
-    Returns:
-        For each pair a list as long as the student's `completion_ids`, in nats, 0.0 at environment tokens.
-    """
-    model.eval()
-    result: list[list[float]] = [[] for _ in pairs]
-    lengths = [
-        max(len(pair.student.prompt_ids), len(prompt)) + len(pair.student.completion_ids)
-        for pair, prompt in zip(pairs, prompts, strict=True)
-    ]
-    for batch in micro_batches(lengths, micro_batch_tokens):
-        rows = [pairs[index].student for index in batch]
-        completion = _padded([t.completion_ids for t in rows], pad_id, "right", model.device)
-        mask = _padded([[1] * len(t.completion_ids) for t in rows], 0, "right", model.device)
-        keep = _padded([t.loss_mask for t in rows], 0, "right", model.device).bool()
-        hidden = []
-        for batch_prompts in ([t.prompt_ids for t in rows], [prompts[index] for index in batch]):
-            ids = _padded(batch_prompts, pad_id, "left", model.device)
-            prompt_mask = _padded([[1] * len(row) for row in batch_prompts], 0, "left", model.device)
-            hidden.append(completion_hidden(model, ids, prompt_mask, completion, mask, keep))
-        values = torch.zeros(completion.shape, device=model.device)
-        with compute_context(model):
-            values[keep] = divergence(model.get_output_embeddings(), hidden[0], hidden[1], temperature=temperature)
-        for index, t, found in zip(batch, rows, values, strict=True):
-            result[index] = found[: len(t.completion_ids)].tolist()
-    return result
-
-
-def kl_diagnostics(
-    model: PeftModel, protocol: Protocol, pairs: Sequence[Pair], config: Config, limit: int = 64
-) -> dict[str, float]:
-    """Mean KL per model-written token of the pairs, beside the same with two other teacher prompts.
-
-    `plain` is zero by construction: it shows what numerical noise amounts to. `foreign` shows another question's
-    reference: what the privileged form alone does, without the right content; it is left out where there is one pair.
-    Empty where there are no pairs.
-    """
-    shown = pairs[:limit]
-    pad_id = protocol.tokenizer.pad_token_id
-    means = {}
-    for kind in ("privileged", "plain", "foreign"):
-        if len(shown) < (2 if kind == "foreign" else 1):
-            continue
-        prompts = teacher_prompts(protocol, shown, kind, config.ofsd.reference_documents)
-        values = token_kl(
-            model,
-            shown,
-            prompts,
-            pad_id=pad_id,
-            temperature=config.engine.temperature,
-            micro_batch_tokens=config.ofsd.micro_batch_tokens,
-        )
-        tokens = sum(pair.student.n_model_tokens for pair in shown)
-        means["pairs" if kind == "privileged" else kind] = sum(map(sum, values)) / max(1, tokens)
-    return means
 
 
 class OFSDTrainer(DistillationTrainer):
@@ -220,9 +77,9 @@ class OFSDTrainer(DistillationTrainer):
             ("teacher_prompt", "prompt_teacher", "left"),
             ("completion", "completion", "right"),
         ):
-            batch[f"{prefix}_ids"] = _padded([row[key] for row in rows], pad_id, side, device)
-            batch[f"{prefix}_mask"] = _padded([[1] * len(row[key]) for row in rows], 0, side, device)
-        batch["loss_mask"] = _padded([row["mask"] for row in rows], 0, "right", device)
+            batch[f"{prefix}_ids"] = padded([row[key] for row in rows], pad_id, side, device)
+            batch[f"{prefix}_mask"] = padded([[1] * len(row[key]) for row in rows], 0, side, device)
+        batch["loss_mask"] = padded([row["mask"] for row in rows], 0, "right", device)
         batch["num_items_in_batch"] = self.accelerator.gather(batch["loss_mask"].sum()).sum()
         return batch
 
@@ -318,8 +175,13 @@ def train_ofsd(
     output_dir: Path,
     on_step: OnStep,
     deadline: float | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """One OFSD stage; the trained adapter is changed in place, the snapshot is dropped at the end.
+
+    Args:
+        deadline: `time.monotonic()` after which the stage ends early.
+        limit: optimizer steps, at least 1, after which it ends early.
 
     Returns:
         `{"steps"}`: updates done; none without pairs, or with one alone for a foreign reference.
@@ -343,7 +205,7 @@ def train_ofsd(
             "learning_rate": logs.get("learning_rate"),
         }
 
-    reporter = StepReporter(describe, on_step, deadline)
+    reporter = StepReporter(describe, on_step, deadline, limit)
     arguments = DistillationConfig(
         **trainer_arguments(model, config, seed=seed, output_dir=output_dir, steps=steps),
         per_device_train_batch_size=stage.batch_size,

@@ -32,7 +32,8 @@ from searche1_lite.errors import UserError
 from searche1_lite.grpo import RolloutGRPOTrainer, exact_match_reward, train_grpo, trainer_arguments
 from searche1_lite.logprobs import token_logprobs
 from searche1_lite.model import keep_adapter_fp32, load_policy, save_adapter
-from searche1_lite.ofsd import select_pairs, train_ofsd
+from searche1_lite.ofsd import train_ofsd
+from searche1_lite.pairs import select_pairs
 from searche1_lite.protocol import Protocol
 from searche1_lite.rollout import rollout
 from searche1_lite.search.base import Passage

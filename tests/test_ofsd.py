@@ -11,138 +11,23 @@ import torch
 from conftest import (
     adapter_weights,
     all_equal,
-    dense_divergence,
     fixed_weights,
     fresh_policy,
     gradient_flags,
     recorded_gradients,
     tiny_protocol_config,
 )
+from distillation import TEMPERATURE, completion_logits, dense_loss, make_pairs
 from peft import PeftModel
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from searche1_lite.config import Config, EngineConfig, OFSDStageConfig
-from searche1_lite.ofsd import (
-    Pair,
-    kl_diagnostics,
-    select_pairs,
-    teacher_prompts,
-    token_kl,
-    train_ofsd,
-    trained_tokens,
-)
-from searche1_lite.protocol import Protocol, parse_turn
-from searche1_lite.search.base import Passage
-from searche1_lite.trajectory import Question, Search, Trajectory, Turn
+from searche1_lite.ofsd import train_ofsd, trained_tokens
+from searche1_lite.pairs import Pair, teacher_prompts
+from searche1_lite.protocol import Protocol
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
-TEMPERATURE = 0.8
-
-
-def rolled(
-    sample: int, reward: float, searches: int, tokens: int, queries: Sequence[str] = (), question: str = "q"
-) -> Trajectory:
-    """A rollout reduced to what pairs are chosen by; environment tokens (2 a search) must not count."""
-    found = [Search(query, []) for query in (queries or [f"query {index}" for index in range(searches)])]
-    return Trajectory(
-        question=Question(question, "?", ["x"]),
-        sample=sample,
-        prompt_ids=[1],
-        completion_ids=[1] * (tokens + 2 * searches),
-        loss_mask=[0] * (2 * searches) + [1] * tokens,
-        turns=[],
-        searches=found,
-        stopped="answer",
-        reward=reward,
-    )
-
-
-# Of each rollout: reward, searches, model-written tokens, and the queries where they matter.
-PAIRS = {
-    "none right": ([(0, 1, 9), (0, 2, 9)], "any", None),
-    "one rollout, right": ([(1, 1, 9)], "any", None),
-    "one rollout, wrong": ([(0, 1, 9)], "any", None),
-    "all right and equally efficient": ([(1, 1, 9), (1, 1, 9), (1, 1, 9)], "any", None),
-    "the reference has the fewest searches, tokens or not": ([(1, 2, 5), (1, 1, 50), (1, 3, 9)], "any", (1, 2)),
-    "ties go to the fewest tokens": ([(1, 1, 12), (1, 1, 9), (0, 1, 9)], "any", (1, 2)),
-    "then to the lowest sample": ([(0, 3, 9), (1, 1, 9), (1, 1, 9)], "any", (1, 0)),
-    "a right sibling with more tokens is less efficient": ([(1, 1, 9), (1, 1, 10)], "any", (0, 1)),
-    "a wrong sibling comes before a less efficient right one": ([(1, 1, 9), (1, 4, 90), (0, 1, 9)], "any", (0, 2)),
-    "a wrong one counts though it is shorter": ([(1, 2, 9), (0, 0, 3)], "any", (0, 1)),
-    "the wrong one most apart in searches": ([(1, 1, 9), (0, 2, 90), (0, 4, 9), (0, 0, 9)], "any", (0, 2)),
-    "then in queries": ([(1, 1, 9, ["a"]), (0, 1, 99, [" A "]), (0, 1, 9, ["b"])], "any", (0, 2)),
-    "then in tokens": ([(1, 1, 9, ["a"]), (0, 1, 11, ["b"]), (0, 1, 15, ["c"]), (0, 1, 5, ["d"])], "any", (0, 2)),
-    "then the lowest sample": ([(0, 2, 9), (1, 1, 9), (0, 2, 9)], "any", (1, 0)),
-    "only wrong students": ([(1, 1, 9), (1, 4, 90)], "wrong", None),
-    "only wrong students, one there": ([(1, 1, 9), (1, 4, 90), (0, 1, 9)], "wrong", (0, 2)),
-    "only right students": ([(1, 1, 9), (1, 2, 9), (0, 4, 90)], "correct", (0, 1)),
-    "only right students, none there": ([(1, 1, 9), (0, 4, 90)], "correct", None),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", PAIRS)
-def test_reference_and_student_are_chosen_as_the_method_says(case: str) -> None:
-    rows, students, expected = PAIRS[case]
-    trajectories = [rolled(sample, *row) for sample, row in enumerate(rows)]
-    for order in (trajectories, trajectories[::-1]):
-        pairs, counts = select_pairs(order, students)
-        assert [(pair.reference.sample, pair.student.sample) for pair in pairs] == ([expected] if expected else [])
-        wrong = sum(not pair.student.correct for pair in pairs)
-        assert counts == {
-            "questions": 1,
-            "pairs": len(pairs),
-            "none_correct": int(not any(row[0] for row in rows)),
-            "none_less_efficient": int(any(row[0] for row in rows) and expected is None),
-            "wrong_students": wrong,
-            "correct_students": len(pairs) - wrong,
-        }
-
-
-def test_pairs_are_one_a_question_in_the_order_in_which_questions_come() -> None:
-    trajectories = [rolled(sample, sample % 2, 1 + sample, 9, question=name) for sample in range(4) for name in "cab"]
-    pairs, counts = select_pairs([*trajectories, rolled(0, 0, 1, 9, question="d")])
-    assert [pair.student.question.id for pair in pairs] == ["c", "a", "b"]
-    assert all(pair.reference.question == pair.student.question for pair in pairs)
-    assert counts["questions"] == 4 and counts["pairs"] == 3 and counts["none_correct"] == 1
-    assert select_pairs([]) == ([], dict.fromkeys(counts, 0))
-
-
-def written(protocol: Protocol, question: Question, turns: Sequence[str], sample: int = 0) -> Trajectory:
-    """A rollout that wrote `turns`, each search followed by a document."""
-    record = Trajectory(question, sample, protocol.prompt_ids(question.question), [], [], [], [], "answer")
-    for text in turns:
-        action = parse_turn(text)
-        ids = protocol.tokenizer.encode(text)
-        start = len(record.completion_ids)
-        record.turns.append(Turn(action.kind, start, start + len(ids), text))
-        record.completion_ids += ids
-        record.loss_mask += [1] * len(ids)
-        if action.kind == "search":
-            record.searches.append(Search(action.content, [Passage("1", "T", f"{action.content}: a town")]))
-            found = protocol.information_ids(record.searches[-1].passages)
-            record.completion_ids += found
-            record.loss_mask += [0] * len(found)
-        else:
-            record.answer = action.content
-    record.reward = float(record.answer in question.golden_answers)
-    return record
-
-
-def make_pairs(protocol: Protocol) -> list[Pair]:
-    """Four pairs of unequal lengths; the second student never searched."""
-    students = [
-        ["<search>where</search>", "<search>who</search>", "<answer>no</answer>"],
-        ["<answer>b</answer>"],
-        ["<think>hm</think><search>a</search>", "<answer>C, of course</answer>"],
-        ["<search>x</search>", "<search>y</search>", "<search>the sea</search>", "<answer>n</answer>"],
-    ]
-    pairs = []
-    for index, turns in enumerate(students):
-        question = Question(f"q{index}", "Who lives there?"[index * 2 :], ["yes"])
-        reference = written(protocol, question, [f"<search>town {index}</search>", "<answer>yes</answer>"], sample=1)
-        pairs.append(Pair(reference, written(protocol, question, turns)))
-    return pairs
 
 
 @pytest.fixture
@@ -195,56 +80,6 @@ def distil(
         deadline=deadline,
     )
     return result, records
-
-
-def completion_logits(model: PeftModel, prompt: list[int], completion: list[int]) -> torch.Tensor:
-    """(T, V) in float64: what predicts each completion token, from a pass over this one row without padding."""
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double()
-
-
-def dense_loss(
-    student: PeftModel, teacher: PeftModel, pairs: Sequence[Pair], prompts: list[list[int]], kind: str = "forward_kl"
-) -> float:
-    """Mean divergence per model-written token of the pairs' students."""
-    values = []
-    for pair, prompt in zip(pairs, prompts, strict=True):
-        ids = pair.student.completion_ids
-        one = completion_logits(student, pair.student.prompt_ids, ids)
-        other = completion_logits(teacher, prompt, ids)
-        values.append(dense_divergence(kind, one, other, TEMPERATURE)[torch.tensor(pair.student.loss_mask).bool()])
-    return float(torch.cat(values).mean())
-
-
-def test_per_token_kl_is_dense_kl_at_model_tokens_and_zero_at_environment_tokens(tiny_policy, protocol, pairs) -> None:
-    model, tokenizer = tiny_policy
-    prompts = teacher_prompts(protocol, pairs, "privileged", True)
-    found = token_kl(
-        model, pairs, prompts, pad_id=tokenizer.pad_token_id, temperature=TEMPERATURE, micro_batch_tokens=500
-    )
-    for pair, prompt, values in zip(pairs, prompts, found, strict=True):
-        ids, keep = pair.student.completion_ids, torch.tensor(pair.student.loss_mask).bool()
-        own, other = (completion_logits(model, p, ids) for p in (pair.student.prompt_ids, prompt))
-        expected = dense_divergence("forward_kl", own, other, TEMPERATURE) * keep
-        torch.testing.assert_close(torch.tensor(values).double(), expected, atol=1e-5, rtol=1e-4)
-
-
-def test_diagnostics_are_the_dense_means_and_nothing_for_the_plain_prompt(tiny_policy, protocol, pairs) -> None:
-    model, _ = tiny_policy
-    found = kl_diagnostics(model, protocol, pairs, configured())
-    assert found.keys() == {"pairs", "plain", "foreign"}
-    assert abs(found["plain"]) < 1e-6
-    for key, kind in (("pairs", "privileged"), ("foreign", "foreign")):
-        expected = dense_loss(model, model, pairs, teacher_prompts(protocol, pairs, kind, True))
-        assert found[key] == pytest.approx(expected, rel=1e-4) and found[key] > 1e-3
-    assert found["pairs"] != pytest.approx(found["foreign"], rel=1e-3)
-    undocumented = kl_diagnostics(model, protocol, pairs, configured(reference_documents=False))
-    assert undocumented["pairs"] != pytest.approx(found["pairs"], rel=1e-3)
-
-
-def test_a_single_pair_has_no_foreign_reference(tiny_policy, protocol, pairs) -> None:
-    found = kl_diagnostics(tiny_policy[0], protocol, pairs[:1], configured())
-    assert found.keys() == {"pairs", "plain"} and found["pairs"] > 1e-3
 
 
 def test_the_teacher_is_shown_its_own_another_or_no_reference(protocol, pairs) -> None:
@@ -346,7 +181,7 @@ def test_a_steps_gradient_does_not_depend_on_the_micro_batches(
 def test_the_first_steps_loss_is_the_dense_divergence_averaged_over_model_tokens(
     policy, tiny_policy: Policy, protocol, pairs, tmp_path: Path, divergence: str
 ) -> None:
-    measured = kl_diagnostics(policy[0], protocol, pairs, configured())["pairs"]
+    measured = dense_loss(policy[0], policy[0], pairs, teacher_prompts(protocol, pairs, "privileged", True))
     _, records = distil(policy, pairs, tmp_path, divergence=divergence)
     prompts = teacher_prompts(protocol, pairs, "privileged", True)
     expected = dense_loss(tiny_policy[0], tiny_policy[0], pairs, prompts, divergence)
@@ -494,6 +329,6 @@ def test_the_step_in_which_the_deadline_passes_is_the_last(policy, pairs, tmp_pa
 
 @pytest.mark.parametrize("settings", [{"clip": 0.01}, {"top_k": 2}])
 def test_a_truncated_divergence_trains_on_less_than_the_exact_one(policy, protocol, pairs, tmp_path, settings) -> None:
-    exact = kl_diagnostics(policy[0], protocol, pairs, configured())["pairs"]
+    exact = dense_loss(policy[0], policy[0], pairs, teacher_prompts(protocol, pairs, "privileged", True))
     _, records = distil(policy, pairs, tmp_path, **settings)
     assert records[0]["grad_norm"] > 0 and records[0]["loss"] < 0.99 * exact

@@ -28,7 +28,8 @@ from searche1_lite.config import Config, EngineConfig, GRPOStageConfig, ModelCon
 from searche1_lite.engine import Decoder, SampledTurn
 from searche1_lite.grpo import train_grpo
 from searche1_lite.model import load_policy
-from searche1_lite.ofsd import Pair, select_pairs, train_ofsd, training_rows
+from searche1_lite.ofsd import train_ofsd, training_rows
+from searche1_lite.pairs import Pair, select_pairs
 from searche1_lite.protocol import Protocol, parse_turn
 from searche1_lite.rollout import rollout
 from searche1_lite.search.base import Passage

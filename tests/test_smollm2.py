@@ -19,9 +19,11 @@ from searche1_lite.ask import ask
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, load_config
 from searche1_lite.console import RichTasks
+from searche1_lite.diagnostics import watch
 from searche1_lite.evaluate import evaluate
 from searche1_lite.evolve import Run, run
-from searche1_lite.ofsd import Pair, kl_diagnostics, train_ofsd
+from searche1_lite.ofsd import train_ofsd
+from searche1_lite.pairs import Pair
 from searche1_lite.reward import exact_match
 from searche1_lite.trajectory import Question, Search, Trajectory, Turn
 
@@ -227,7 +229,7 @@ def test_distillation_moves_the_adapter_towards_the_teacher_and_leaves_the_base(
     long = written(work, OTHER, ["<search>people of Peru</search>", "<answer>Peruvian</answer>"])
     assert [t.reward for t in (right, wrong, short, long)] == [1, 0, 1, 0], "the search engine finds what is needed"
     pairs = [Pair(right, wrong), Pair(short, long)]
-    before = kl_diagnostics(work.model, work.protocol, pairs, work.config)
+    before, _ = watch(work.model, work.protocol, [right, wrong, short, long], pairs, work.config)
     assert abs(before["plain"]) < 1e-4 < 0.05 < before["pairs"], "the reference tells the model something"
 
     adapter, fixed = adapter_weights(work.model), fixed_weights(work.model)
