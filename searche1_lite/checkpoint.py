@@ -167,10 +167,17 @@ def check_adapter_folder(folder: Path) -> None:
 
 
 def _copy(source: Path, to: Path) -> None:
-    """A copy that is there whole or not at all, whoever else writes the same one."""
+    """A copy that is there whole or not at all, whoever else writes the same one; where possible it takes no room.
+
+    None of a run's files is changed in place once it is complete, so both may be the same one.
+    """
     staging = to.with_name(f".{to.name}.{os.getpid()}.staging")
-    shutil.copyfile(source, staging)
-    _sync(staging)
+    staging.unlink(missing_ok=True)
+    try:
+        os.link(source, staging)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, staging)
+        _sync(staging)
     staging.replace(to)
 
 

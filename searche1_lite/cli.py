@@ -250,6 +250,47 @@ def bench(
         save_plot(found, plot)
 
 
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A YAML file of variants and seeds, such as examples/settle-it.yaml.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The sweep's folder; default: runs/NAME-OF-FILE.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as 1,2,3, in the place of the file's.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep that is in --out.")] = False,
+    as_json: AsJson = False,
+    yes: Yes = False,
+) -> None:
+    """Compare variants over seeds. Example: searche1-lite sweep examples/settle-it.yaml --out runs/settle-it"""
+    from searche1_lite.sweep.plan import load_plan, parse_seeds
+
+    plan = load_plan(file, overrides or [], parse_seeds(seeds) if seeds is not None else [])
+    folder = out or Path("runs") / plan.name
+    searches = {repr(planned.config.search): planned.config.search for planned in plan.runs}
+    for search in searches.values():
+        _prepare_search(search, yes)
+    quieten()
+    from searche1_lite.sweep.runs import check_room, run_sweep
+
+    check_room(plan, jobs)
+    try:
+        result = run_sweep(plan, folder, jobs, _say, resume)
+    except KeyboardInterrupt:
+        _say(f"interrupted; finished runs and stages are kept, go on with --resume --out {folder}")
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        from rich.console import Console
+
+        from searche1_lite.console import sweep_table
+
+        Console().print(sweep_table(result))
+    _say(f"sweep: {folder}")
+    if any(run["state"] == "failed" for row in result["variants"] for run in row["runs"]):
+        raise typer.Exit(1)
+
+
 def _settings(
     preset: str | None,
     config: Path | None,

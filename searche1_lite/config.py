@@ -6,7 +6,7 @@ impossible values with one line that names the key.
 
 import difflib
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -238,8 +238,18 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def load_config(preset: str | None = None, file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    preset: str | None = None,
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    before: Mapping[str, Any] | None = None,
+    after: Mapping[str, Any] | None = None,
+) -> Config:
     """The run's settings: a preset, then a YAML file, then `key.sub=value` overrides; the last one said counts.
+
+    Args:
+        before: settings under nested or dotted keys that count less than the overrides, and more than the file.
+        after: such settings that count more than all else.
 
     Raises:
         UserError: unknown preset, key or file, broken YAML, or an impossible value; names it and what is allowed.
@@ -248,9 +258,10 @@ def load_config(preset: str | None = None, file: Path | None = None, overrides: 
     if preset is not None:
         if preset not in preset_names():
             raise UserError(f"no preset {preset!r}; there are: {', '.join(preset_names())}")
-        _merge(data, _read_yaml(PRESETS / f"{preset}.yaml"))
+        _merge(data, read_yaml(PRESETS / f"{preset}.yaml"))
     if file is not None:
-        _merge(data, _read_yaml(Path(file)))
+        _merge(data, read_yaml(Path(file)))
+    _merge(data, _nested(before or {}))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not re.fullmatch(r"\w+(\.\w+)*", key.strip()):
@@ -259,9 +270,8 @@ def load_config(preset: str | None = None, file: Path | None = None, overrides: 
             value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise UserError(f"the value in {override!r} is not valid YAML; quote it") from error
-        for part in reversed(key.strip().split(".")):
-            value = {part: value}
-        _merge(data, value)
+        _merge(data, _nested({key.strip(): value}))
+    _merge(data, _nested(after or {}))
     return parse_config(data)
 
 
@@ -321,7 +331,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of `key: value` lines, read safely; UserError where it is not one."""
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -336,6 +347,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold `key: value` lines, not a {type(data).__name__}")
     return data
+
+
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the dots of their keys taken for sections."""
+    nested: dict[str, Any] = {}
+    for key, value in settings.items():
+        for part in reversed(str(key).split(".")):
+            value = {part: value}
+        _merge(nested, value)
+    return nested
 
 
 def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -73,6 +74,40 @@ def stage_table(summary: dict[str, Any]) -> Table:
             "-" if per_correct is None else f"{per_correct:.2f}",
             f"{stage['seconds']:.0f}",
             f"{stage['evaluation_seconds']:.0f}",
+        )
+    return table
+
+
+def sweep_table(result: dict[str, Any]) -> Table:
+    """A row a variant: exact match over seeds, and what it is beside the baseline's."""
+    table = Table(
+        title=f"{result['name']}, seeds {', '.join(map(str, result['seeds']))}", box=SIMPLE, padding=(0, 1, 0, 0)
+    )
+    headings = ("variant", "EM", "95%\ninterval", "search-\nes", "differ-\nence", "p", "up-\ndates", "train\ns")
+    for heading in headings:  # fits 80 columns
+        table.add_column(heading, justify="left" if heading == "variant" else "right", no_wrap=heading != "variant")
+
+    def shown(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    for row in result["variants"]:
+        interval, baseline = row["em_ci95"], row["name"] == result["baseline"]
+        failed = sum(run["state"] == "failed" for run in row["runs"])
+        notes = [
+            "baseline" if baseline else "",
+            f"{len(row['seeds'])} of {len(row['runs'])} runs" if len(row["seeds"]) < len(row["runs"]) else "",
+            f"{failed} failed" if failed else "",
+        ]
+        note = ", ".join(filter(None, notes))
+        table.add_row(
+            escape(row["title"]) + (f" ({note})" if note else ""),
+            shown(row["em_mean"], ".3f"),
+            "-" if interval is None else f"{interval[0]:.3f}-{interval[1]:.3f}",
+            shown(row["searches_mean"], ".2f"),
+            "" if baseline else shown(row["em_diff"], "+.3f"),
+            "" if baseline else shown(row["p_value"], ".2g"),
+            shown(row["updates"], ".0f"),
+            shown(row["seconds"], ".0f"),
         )
     return table
 

@@ -188,9 +188,11 @@ def _disk(config: Config) -> tuple[str, str]:
         for folder, size, free in by_disk.values()
     )
     short = any(size > free for _, size, free in by_disk.values())
-    return ("fail", f"{detail}; make room, or set HF_HOME, PYSERINI_CACHE or SEARCHE1_LITE_CACHE to another disk") if (
-        short
-    ) else ("ok", detail)
+    return (
+        ("fail", f"{detail}; make room, or set HF_HOME, PYSERINI_CACHE or SEARCHE1_LITE_CACHE to another disk")
+        if (short)
+        else ("ok", detail)
+    )
 
 
 def _hub(config: Config) -> tuple[str, str]:
@@ -263,6 +265,19 @@ def gpu_capacity() -> int:
 
     free, total = torch.cuda.mem_get_info()
     return min(free + torch.cuda.memory_reserved(), total - CUDA_RESERVE)
+
+
+def predicted_peak(config: Config) -> tuple[int, int]:
+    """Bytes that a run may need at its worst moment, and those that are free: of the GPU if there is one, else here."""
+    import torch
+
+    from searche1_lite.memory import plan_memory
+    from searche1_lite.model import compute_dtype
+
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    capacity = gpu_capacity() if device == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    plan = plan_memory(config, model_shape(config), device, compute_dtype(torch.device(device)), capacity)
+    return max(plan.peaks.values()), capacity
 
 
 def _memory(config: Config, gpu_gib: float | None) -> dict[str, Any]:

@@ -11,9 +11,8 @@ import resource
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,6 +34,7 @@ from searche1_lite.ofsd import ofsd_steps, train_ofsd
 from searche1_lite.pairs import Pair, select_pairs, teacher_prompts
 from searche1_lite.protocol import Protocol
 from searche1_lite.rollout import rollout
+from searche1_lite.schedule import Stage, next_stage
 from searche1_lite.search.catalog import open_retriever
 from searche1_lite.search.progress import Progress, say_on_stderr
 from searche1_lite.seeding import derive_seed
@@ -119,35 +119,6 @@ class Run:
         return [Trajectory.from_dict(record) for record in records], seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Allowance:
-    """What is left of the budget; None: no limit."""
-
-    updates: int | None
-    seconds: float | None
-
-    @classmethod
-    def after(cls, config: Config, stages: Sequence[dict[str, Any]]) -> "Allowance":
-        """Of a run's budget, once these stages of its summary have taken their part."""
-        updates, seconds = config.budget.updates, config.budget.seconds
-        return cls(
-            updates - sum(stage.get("steps", 0) for stage in stages) if updates else None,
-            seconds - sum(stage["seconds"] for stage in stages) if seconds else None,
-        )
-
-    @property
-    def used_up(self) -> bool:
-        return any(left is not None and left <= 0 for left in (self.updates, self.seconds))
-
-    def steps(self, planned: int) -> int:
-        """As many of the `planned` updates as are left."""
-        return planned if self.updates is None else min(planned, self.updates)
-
-    def deadline(self, spent: float = 0.0) -> float | None:
-        """On `time.monotonic()`'s clock, for what begins now, after the stage has `spent` some seconds."""
-        return None if self.seconds is None else time.monotonic() + self.seconds - spent
-
-
 def run(
     config: Config,
     folder: RunFolder,
@@ -201,53 +172,45 @@ def run(
         folder.save_summary(summary)
     else:
         folder.rewind(0)
-    done = [stage["name"] for stage in summary["stages"]]
-
-    if "base" not in done:
+    if not summary["stages"]:
         keep("base", 0.0, {})
-    for index, kind in product(range(1, config.rounds + 1), ("grpo", "ofsd") if config.ofsd.enabled else ("grpo",)):
-        name = f"round{index}.{kind}"
-        if name in done:
-            continue
-        left = Allowance.after(config, summary["stages"])
-        if left.used_up:
-            break
+    while (stage := next_stage(config, summary["stages"])) is not None:
         begin_peak()
-        run_stage = _run_grpo if kind == "grpo" else _run_ofsd
-        keep(name, *run_stage(work, train_questions, folder, name, index, left))
+        run_stage = _run_grpo if stage.kind == "grpo" else _run_ofsd
+        keep(stage.name, *run_stage(work, train_questions, folder, stage))
     return summary
 
 
 def _run_grpo(
-    work: Run, questions: Sequence[Question], folder: RunFolder, name: str, index: int, left: Allowance
+    work: Run, questions: Sequence[Question], folder: RunFolder, stage: Stage
 ) -> tuple[float, dict[str, Any]]:
     """Seconds and figures of one GRPO stage."""
-    began = time.monotonic()
-    folder.save_trajectories(f"{name}.rollouts", [])
-    steps = left.steps(work.config.grpo.steps)
-    with work.progress.task(f"round{index}: GRPO", steps) as advance:
+    began, file = time.monotonic(), f"{stage.name}.rollouts"
+    folder.save_trajectories(file, [])
+    steps = stage.steps(work.config.grpo.steps)
+    with work.progress.task(f"round{stage.round}: GRPO", steps) as advance:
         result = train_grpo(
             work.model, work.tokenizer, partial(work.rollout, logprobs=True), questions, work.config,
-            run_seed=work.config.seed, round_index=index, output_dir=folder.path / "checkpoints",
+            run_seed=work.config.seed, round_index=stage.round, output_dir=folder.path / "checkpoints",
             on_step=lambda record: (folder.log(record), advance(1)),
-            on_rollouts=lambda rollouts: folder.add_trajectories(f"{name}.rollouts", [t.to_dict() for t in rollouts]),
-            deadline=left.deadline(), limit=steps,
+            on_rollouts=lambda rollouts: folder.add_trajectories(file, [t.to_dict() for t in rollouts]),
+            deadline=stage.deadline(), limit=steps,
         )  # fmt: skip
     return time.monotonic() - began, result
 
 
 def _run_ofsd(
-    work: Run, questions: Sequence[Question], folder: RunFolder, name: str, index: int, left: Allowance
+    work: Run, questions: Sequence[Question], folder: RunFolder, stage: Stage
 ) -> tuple[float, dict[str, Any]]:
     """Seconds and figures of one OFSD stage. What is only looked at, not needed to train, is timed apart."""
-    config, stage = work.config, work.config.ofsd
-    asked = _choose(questions, stage.questions, derive_seed(config.seed, "ofsd-questions", index))
+    config, settings, name, index = work.config, work.config.ofsd, stage.name, stage.round
+    asked = _choose(questions, settings.questions, derive_seed(config.seed, "ofsd-questions", index))
     file, seed_parts = f"{name}.rollouts", (config.seed, "ofsd-rollouts", index)
     rollouts, rolled = work.answer_once(
-        folder, file, f"round{index}: roll out", asked, stage.rollouts, seed_parts, greedy=False
+        folder, file, f"round{index}: roll out", asked, settings.rollouts, seed_parts, greedy=False
     )
     pairs, counts = select_pairs(
-        rollouts, stage.students, stage.reference, derive_seed(config.seed, "ofsd-reference", index)
+        rollouts, settings.students, settings.reference, derive_seed(config.seed, "ofsd-reference", index)
     )
 
     began = time.monotonic()
@@ -257,13 +220,13 @@ def _run_ofsd(
     diagnostics = time.monotonic() - began
 
     began = time.monotonic()
-    steps = left.steps(ofsd_steps(pairs, stage))
+    steps = stage.steps(ofsd_steps(pairs, settings))
     with work.progress.task(f"round{index}: OFSD", steps) as advance:
         result = train_ofsd(
             work.model, work.tokenizer, work.protocol, pairs, config,
             run_seed=config.seed, round_index=index, output_dir=folder.path / "checkpoints",
             on_step=lambda record: (folder.log(record), advance(1)),
-            deadline=left.deadline(spent=rolled), limit=steps,
+            deadline=stage.deadline(spent=rolled), limit=steps,
         )  # fmt: skip
     figures = {"pairs": counts, "privilege": privilege, "kl": kl, "diagnostic_seconds": round(diagnostics, 1)}
     return rolled + time.monotonic() - began, figures | result | {"rollout_seconds": rolled}
