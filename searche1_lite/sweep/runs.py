@@ -6,6 +6,8 @@ takes only the run with it that it was at.
 
 import json
 import multiprocessing
+import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -102,10 +104,19 @@ def _prepare(jobs: int) -> None:
     from searche1_lite.cli import quieten
 
     quieten()
+    threading.Thread(target=_die_with_the_sweep, daemon=True).start()
     if jobs > 1:
         import torch
 
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+
+
+def _die_with_the_sweep() -> None:
+    """Else a worker whose sweep was killed would go on with its run, beside the one that goes on with the sweep."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run(planned: PlannedRun, sweep: Path, donors: Sequence[tuple[Path, list[str]]], quiet: bool) -> None:

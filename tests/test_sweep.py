@@ -1,0 +1,221 @@
+"""Whole sweeps on the demo, a step or two a stage, through the real command line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from searche1_lite.config import load_config
+from searche1_lite.errors import UserError
+from searche1_lite.sweep.plan import load_plan
+from searche1_lite.sweep.runs import check_room, run_sweep
+
+SWEEP = """
+preset: demo
+settings:
+  rounds: 1
+  grpo.steps: 1
+  grpo.questions_per_step: 4
+  ofsd.questions: 12
+  ofsd.batch_size: 8
+  data.evaluation_limit: 16
+seeds: [1, 2]
+baseline: grpo
+variants:
+  grpo: {title: GRPO only, ofsd.enabled: false}
+  ofsd: {}
+  hopeless: {grpo.questions_per_step: 100000}
+  plain: {ofsd.teacher_prompt: plain}
+"""
+CONTRACT = {"name", "seeds", "em_mean", "em_ci95", "searches_mean", "em_diff", "p_value", "seconds"}
+
+
+def words(*more: str) -> list[str]:
+    return [sys.executable, "-m", "searche1_lite", "sweep", "mine.yaml", "--json", *more]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def sweep(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words(*more), capture_output=True, text=True, cwd=folder, env=environment())
+
+
+def untimed(result: dict[str, Any]) -> dict[str, Any]:
+    """Without what a clock says."""
+    text = re.sub(r'"seconds": [0-9.]+', '"seconds": 0', json.dumps(result))
+    return json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "mine.yaml").write_text(SWEEP)
+    shown = sweep(folder, "--out", "whole")
+    assert shown.returncode == 1, "one variant failed"
+    assert "Traceback" not in shown.stderr
+    assert json.loads(shown.stdout) == json.loads((folder / "whole" / "sweep.json").read_text())
+    (folder / "stderr.txt").write_text(shown.stderr)
+    return folder
+
+
+@pytest.fixture
+def whole(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "whole" / "sweep.json").read_text())
+
+
+def test_every_variant_stands_beside_the_baseline(folder: Path, whole: dict[str, Any]) -> None:
+    assert whole["baseline"] == "grpo" and [row["name"] for row in whole["variants"]] == [
+        "grpo", "ofsd", "hopeless", "plain",
+    ]  # fmt: skip
+    for row in whole["variants"]:
+        assert row.keys() >= CONTRACT
+    for row in (whole["variants"][index] for index in (0, 1, 3)):
+        ems = []
+        for run in row["runs"]:
+            stages = json.loads((folder / "whole" / run["folder"] / "summary.json").read_text())["stages"]
+            assert run["em"] == stages[-1]["em"] and run["updates"] == sum(stage.get("steps", 0) for stage in stages)
+            ems.append(run["em"])
+        assert row["seeds"] == [1, 2] and row["em_mean"] == pytest.approx(sum(ems) / 2)
+        assert 0 <= row["em_ci95"][0] <= row["em_mean"] <= row["em_ci95"][1] <= 1
+    plain = whole["variants"][3]
+    assert (plain["em_diff"], plain["p_value"]) == (0.0, 1.0), "the control's loss is zero: it stays where GRPO left it"
+
+
+def test_a_run_that_fails_says_why_and_does_not_stop_the_others(folder: Path, whole: dict[str, Any]) -> None:
+    hopeless = whole["variants"][2]
+    assert [run["state"] for run in hopeless["runs"]] == ["failed", "failed"] and hopeless["em_mean"] is None
+    for run in hopeless["runs"]:
+        assert "grpo.questions_per_step" in run["error"]
+        told = (folder / "whole" / f"{run['folder']}.error.txt").read_text()
+        assert "UserError" in told and "Traceback" in told
+    assert [run["state"] for run in whole["variants"][3]["runs"]] == ["done", "done"], "those after it"
+
+
+def test_what_runs_have_in_common_is_computed_once(folder: Path) -> None:
+    lines = (folder / "stderr.txt").read_text().splitlines()
+    for task in ("base: evaluate", "round1: GRPO", "round1.grpo: evaluate", "round1: roll out"):
+        assert sum(line.startswith(f"{task}: ") for line in lines) == 2, f"{task}: once a seed"
+    for seed in (1, 2):
+        donor, taker = (folder / "whole" / "runs" / name / f"seed-{seed}" for name in ("grpo", "plain"))
+        for stage in ("base", "round1.grpo"):
+            weights = [path / "checkpoints" / stage / "adapter_model.safetensors" for path in (donor, taker)]
+            assert weights[0].read_bytes() == weights[1].read_bytes()
+        steps = [json.loads(line) for line in (taker / "metrics.jsonl").read_text().splitlines()]
+        assert [r["stage"] for r in steps][:3] == ["evaluate", "grpo", "evaluate"], "its curves are whole"
+
+
+def test_a_killed_sweep_goes_on_without_repeating_what_is_done_and_ends_the_same(folder: Path, whole) -> None:
+    killed = folder / "killed"
+    with subprocess.Popen(
+        words("--out", "killed"), stderr=subprocess.PIPE, text=True, cwd=folder, env=environment()
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("[2/8]"):
+                workers = children(process.pid)
+                process.kill()
+                break
+    assert workers
+    for worker in workers:  # else it would write to the run that is gone on with
+        wait_for_end(worker)
+    before = {path: path.stat().st_mtime_ns for path in killed.glob("runs/*/*/summary.json")}
+    finished = [path for path in before if path.parts[-3:-1] in (("grpo", "seed-1"), ("ofsd", "seed-1"))]
+    assert len(finished) == 2
+    refused = sweep(folder, "--out", "killed")
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    resumed = sweep(folder, "--out", "killed", "--resume")
+    assert untimed(json.loads(resumed.stdout)) == untimed(whole)
+    assert all(path.stat().st_mtime_ns == before[path] for path in finished)
+    assert resumed.stderr.count("round1: GRPO") == 1, "seed 2's; seed 1's was done"
+
+
+def children(pid: int) -> list[int]:
+    """Processes that have it for their parent."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def wait_for_end(pid: int) -> None:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    import select
+
+    ready, _, _ = select.select([descriptor], [], [], 60)
+    os.close(descriptor)
+    assert ready, f"process {pid} has outlived its sweep"
+
+
+def test_two_at_a_time_give_the_same_figures_and_a_worker_that_dies_takes_one_run_with_it(folder: Path, whole) -> None:
+    with subprocess.Popen(
+        words("--out", "two", "--jobs", "2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env=environment(),
+    ) as process:
+        assert process.stderr is not None and process.stdout is not None
+        told = []
+        for line in process.stderr:
+            told.append(line)
+            if line.startswith("[1/8]"):
+                # Two workers, and the helper that multiprocessing has; the youngest was given the next run first.
+                workers = [pid for pid in children(process.pid) if "spawn_main" in command_line(pid)]
+                os.kill(max(workers), signal.SIGKILL)
+        result = json.loads(process.stdout.read())
+    assert process.returncode == 1
+    died = [run for row in result["variants"] for run in row["runs"] if "its process died" in (run["error"] or "")]
+    assert len(died) == 1 and died[0]["state"] == "failed"
+    states = [run["state"] for row in result["variants"] if row["name"] != "hopeless" for run in row["runs"]]
+    assert states.count("done") == 5 if "hopeless" not in died[0]["folder"] else 6
+    resumed = sweep(folder, "--out", "two", "--jobs", "2", "--resume")
+    assert untimed(json.loads(resumed.stdout)) == untimed(whole)
+
+
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
+def test_more_runs_at_once_than_memory_are_refused(folder: Path) -> None:
+    plan = load_plan(folder / "mine.yaml")
+    check_room(plan, 1)
+    with pytest.raises(UserError, match=r"--jobs 100000 does not fit: .* use --jobs [1-9]"):
+        check_room(plan, 100_000)
+
+
+def test_a_sweep_may_grow_but_not_change(folder: Path) -> None:
+    plan = load_plan(folder / "mine.yaml", ["grpo.steps=2"])
+    with pytest.raises(UserError, match=r"grpo.steps \(1 there, 2 now\)"):
+        run_sweep(plan, folder / "whole", 1, print, resume=True)
+    (folder / "other").mkdir()
+    (folder / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no sweep"):
+        run_sweep(load_plan(folder / "mine.yaml"), folder / "other", 1, print)
+    assert [path.name for path in (folder / "other").iterdir()] == ["notes.txt"]
+
+
+def test_the_table_of_a_finished_sweep_is_printed_again(folder: Path) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "searche1_lite", "sweep", "mine.yaml", "--out", "whole", "--resume"],
+        capture_output=True, text=True, cwd=folder, env=environment() | {"COLUMNS": "80"},
+    )  # fmt: skip
+    assert "GRPO only (baseline)" in shown.stdout and "hopeless (0 of 2 runs, 2 failed)" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    assert load_config(file=folder / "whole" / "runs" / "plain" / "seed-2" / "config.yaml").seed == 2
