@@ -215,6 +215,68 @@ def test_summary_and_trajectories_are_written_as_json(tmp_path: Path) -> None:
     assert [json.loads(line) for line in lines] == [{"answer": "Où?"}, {"answer": None}]
 
 
+ANSWERS = [{"answer": "Où?"}, {"answer": None}]
+
+
+def test_answers_are_found_again_under_their_key_only(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    assert folder.kept_answers("base.evaluation", "one") is None
+    folder.keep_answers("base.evaluation", "one", ANSWERS, 1.5)
+    again = RunFolder(tmp_path / "run", Config(), resume=True)
+    assert again.kept_answers("base.evaluation", "one") == (ANSWERS, 1.5)
+    assert again.kept_answers("base.evaluation", "two") is None and again.kept_answers("base", "one") is None
+    again.keep_answers("base.evaluation", "two", ANSWERS[:1], 0.5)
+    assert again.kept_answers("base.evaluation", "two") == (ANSWERS[:1], 0.5)
+    assert again.kept_answers("base.evaluation", "one") is None, "each file holds one set"
+
+
+def test_answers_written_half_are_not_found(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    folder.keep_answers("base.evaluation", "one", ANSWERS, 1.5)
+    with pytest.raises(TypeError):
+        folder.keep_answers("base.evaluation", "two", [{"answer": object()}], 1.5)
+    assert (
+        folder.kept_answers("base.evaluation", "two") is None and folder.kept_answers("base.evaluation", "one") is None
+    )
+    assert (tmp_path / "run" / "trajectories" / "base.evaluation.jsonl").is_file(), "the report still has the old ones"
+
+
+def test_runs_share_answers_and_stay_whole_on_their_own(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    one, two = (RunFolder(tmp_path / name, Config(), False, shared).start() for name in ("one", "two"))
+    one.keep_answers("base.evaluation", "key", ANSWERS, 1.5)
+    two.keep_answers("base.evaluation", "other", ANSWERS[:1], 9.0)
+    assert two.kept_answers("base.evaluation", "key") == (ANSWERS, 1.5)
+    shutil.rmtree(tmp_path / "one")
+    shutil.rmtree(shared)
+    assert RunFolder(tmp_path / "two", Config(), True).kept_answers("base.evaluation", "key") == (ANSWERS, 1.5)
+
+
+def test_a_run_adopts_anothers_stages_with_all_that_is_told_of_them(tmp_path: Path, policy: PeftModel) -> None:
+    donor, taker = (RunFolder(tmp_path / name, Config(), resume=False).start() for name in ("donor", "taker"))
+    saved = {}
+    for stage in ("base", "round1.grpo", "round1.ofsd"):
+        saved[stage] = move(policy)
+        donor.log({"stage": stage})
+        donor.save_trajectories(f"{stage}.evaluation", [{"stage": stage}])
+        names = list(saved)
+        donor.save_checkpoint(stage, policy, summary_of(*names) | {"metrics_size": donor.metrics_size()})
+    taker.adopt(tmp_path / "donor", ["base", "round1.grpo"])
+    latest = taker.latest()
+    assert latest is not None and latest[0] == tmp_path / "taker" / "checkpoints" / "round1.grpo"
+    assert [stage["name"] for stage in latest[1]["stages"]] == ["base", "round1.grpo"]
+    load_adapter_weights(policy, latest[0])
+    assert equal(weights(policy), saved["round1.grpo"])
+    lines = (tmp_path / "taker" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["stage"] for line in lines] == ["base", "round1.grpo"]
+    found = {path.name for path in (tmp_path / "taker" / "trajectories").iterdir()}
+    assert found == {"base.evaluation.jsonl", "round1.grpo.evaluation.jsonl"}
+    before = tree(tmp_path / "taker")
+    taker.adopt(tmp_path / "donor", ["base", "round1.grpo", "round1.ofsd"])
+    assert tree(tmp_path / "taker") == before, "it has begun by now"
+
+
 def test_a_folder_without_an_adapter_is_told_from_one_with(tmp_path: Path, policy: PeftModel) -> None:
     folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
     folder.save_checkpoint("base", policy, summary_of("base"))

@@ -69,6 +69,7 @@ class Stage:
         seed: int = 0,
         round_index: int = 1,
         deadline: float | None = None,
+        limit: int | None = None,
         questions: Sequence[Question] = QUESTIONS,
     ) -> None:
         self.records: list[dict[str, Any]] = []
@@ -94,6 +95,7 @@ class Stage:
             on_step=self.records.append,
             on_rollouts=self.batches.append,
             deadline=deadline,
+            limit=limit,
         )
 
 
@@ -272,6 +274,16 @@ def test_the_step_in_which_the_deadline_passes_is_the_last(talker, tmp_path: Pat
     stage = Stage(*talker, tmp_path, configured(steps=50), deadline=time.monotonic())
     assert stage.result["steps"] == len(stage.records) == len(stage.batches) == 1
     assert stage.result["rollout_seconds"] == pytest.approx(stage.records[0]["rollout_seconds"], abs=1e-3)
+
+
+def test_a_stage_that_is_cut_short_did_what_a_longer_one_did_until_then(talking_policy_folder, tmp_path: Path) -> None:
+    stages = [
+        Stage(*fresh_policy(talking_policy_folder), tmp_path, configured(steps=4, warmup_ratio=0.5), limit=limit)
+        for limit in (2, None)
+    ]
+    assert [stage.result["steps"] for stage in stages] == [len(stage.records) for stage in stages] == [2, 4]
+    told = [[(r["loss"], r["em"], r["learning_rate"]) for r in stage.records[:2]] for stage in stages]
+    assert told[0] == told[1]
 
 
 def test_fewer_questions_than_a_step_takes_are_an_error_that_says_what_to_lower(talker, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from searche1_lite.config import ModelConfig
 from searche1_lite.errors import UserError
 from searche1_lite.model import (
+    adapter_digest,
     drop_adapter,
     load_adapter_weights,
     load_policy,
@@ -95,6 +96,23 @@ def test_a_saved_adapter_comes_back_bit_equal(tiny_policy_folder: Path, tmp_path
         ModelConfig(name=str(tiny_policy_folder), lora_rank=8), adapter=tmp_path / "adapter", seed=6
     )
     assert torch.equal(logits(loaded), logits(model.eval()))
+
+
+def test_an_adapters_digest_tells_weights_apart_and_those_that_compute_nothing_alike(tiny_policy_folder: Path) -> None:
+    settings = ModelConfig(name=str(tiny_policy_folder))
+    (model, _), (other, _) = (load_policy(settings, seed=seed) for seed in (0, 9))
+    assert adapter_digest(model) is None is adapter_digest(other), "a new adapter is the base, whatever its seed"
+    weight = next(p for name, p in model.named_parameters() if "lora_B" in name)
+    digests = []
+    for value in (1e-3, 2e-3, 1e-3):
+        with torch.no_grad():
+            weight[0, 0] = value
+        digests.append(adapter_digest(model))
+    assert digests[0] == digests[2] != digests[1] and None not in digests
+    snapshot_adapter(model, "teacher")
+    assert adapter_digest(model) == digests[2], "other adapters do not count"
+    model.peft_config["default"].lora_alpha *= 2
+    assert adapter_digest(model) != digests[2]
 
 
 def test_loading_weights_keeps_the_parameters_identity(tiny_policy_folder: Path, tmp_path: Path) -> None:

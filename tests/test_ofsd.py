@@ -61,6 +61,7 @@ def distil(
     on_step: Callable[[dict[str, Any]], object] = lambda record: None,
     *,
     deadline: float | None = None,
+    limit: int | None = None,
     **stage: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One OFSD stage: what it returned, and each step's record. `on_step` is called while the stage runs."""
@@ -78,6 +79,7 @@ def distil(
         output_dir=folder,
         on_step=lambda record: (records.append(record), on_step(record)),
         deadline=deadline,
+        limit=limit,
     )
     return result, records
 
@@ -325,6 +327,18 @@ def test_two_stages_with_the_same_seed_end_bit_equal(tiny_policy_folder: Path, p
 def test_the_step_in_which_the_deadline_passes_is_the_last(policy, pairs, tmp_path: Path) -> None:
     result, records = distil(policy, pairs, tmp_path, epochs=50, deadline=time.monotonic())
     assert result["steps"] == len(records) == 1
+
+
+def test_a_stage_that_is_cut_short_did_what_a_longer_one_did_until_then(pairs, tiny_policy_folder, tmp_path) -> None:
+    """A budget changes when a run ends, not what it does: sweeps rely on it where runs share stages."""
+    told = []
+    for limit in (2, None):
+        result, records = distil(
+            fresh_policy(tiny_policy_folder), pairs, tmp_path, epochs=5, limit=limit, warmup_ratio=0.5
+        )
+        assert result["steps"] == len(records) == (limit or 5)
+        told.append([(r["loss"], r["learning_rate"]) for r in records[:2]])
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("settings", [{"clip": 0.01}, {"top_k": 2}])
