@@ -291,6 +291,18 @@ def sweep(
         raise typer.Exit(1)
 
 
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run's or a sweep's folder, such as runs/demo.", metavar="DIR")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; default: DIR/report.html.")] = None,
+    runs: Annotated[bool, typer.Option("--runs", help="For a sweep, write the reports of its runs too.")] = False,
+) -> None:
+    """Write the HTML report of a run or a sweep, also while it goes on. Example: searche1-lite report runs/demo"""
+    from searche1_lite.report import write_report
+
+    typer.echo(str(write_report(folder, out, runs)))
+
+
 def _settings(
     preset: str | None,
     config: Path | None,

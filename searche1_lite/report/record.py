@@ -1,0 +1,152 @@
+"""What a run's folder holds besides trajectories, read as far as it goes: a run that goes on has written part of it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from searche1_lite.config import Config, flatten, load_config
+from searche1_lite.errors import UserError
+
+
+@dataclass
+class RunRecord:
+    """A run's settings and figures."""
+
+    name: str
+    config: Config | None
+    """None where `config.yaml` is missing or does not fit this version."""
+    summary: dict[str, Any]
+    stages: list[dict[str, Any]]
+    """The summary's stages, then those that only `metrics.jsonl` tells of yet."""
+    steps: list[dict[str, Any]]
+    """The training steps' lines of `metrics.jsonl`."""
+    notes: list[str]
+    """What could not be read, a sentence each."""
+
+    @property
+    def changed_settings(self) -> dict[str, tuple[Any, Any]]:
+        """Setting -> (its value, its default), for those that differ."""
+        if self.config is None:
+            return {}
+        defaults = flatten(Config())
+        return {key: (value, defaults[key]) for key, value in flatten(self.config).items() if value != defaults[key]}
+
+    @property
+    def expected_stages(self) -> int | None:
+        """How many stages the run has when it is done."""
+        if self.config is None:
+            return None
+        return 1 + self.config.rounds * (2 if self.config.ofsd.enabled else 1)
+
+
+def is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.yaml", "summary.json", "metrics.jsonl"))
+
+
+class Lines:
+    """The objects of a JSONL file that may still be written to; `faulty` counts lines that are none.
+
+    A last line without its end is not counted: it is being written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.faulty = path, 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if not self.path.is_file():
+            return
+        with self.path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
+                    record = None
+                if isinstance(record, dict):
+                    yield record
+                elif line.strip() and line.endswith("\n"):
+                    self.faulty += 1
+
+    def note(self) -> list[str]:
+        """A sentence if lines were left out; to be asked when all are read."""
+        if not self.faulty:
+            return []
+        return [f"{self.path.name}: {self.faulty} {'line' if self.faulty == 1 else 'lines'} could not be read."]
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """`summary.json`, or nothing where there is none or it is broken."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def stages_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The summary's stages that have a name."""
+    stages = summary.get("stages")
+    found = stages if isinstance(stages, list) else []
+    return [stage for stage in found if isinstance(stage, dict) and isinstance(stage.get("name"), str)]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Reads what is there; what is not is empty."""
+    notes: list[str] = []
+    config = None
+    if (folder / "config.yaml").is_file():
+        try:
+            config = load_config(file=folder / "config.yaml")
+        except UserError as error:
+            notes.append(f"The settings are left out: {error}.")
+    summary = read_summary(folder)
+    if not summary and (folder / "summary.json").is_file():
+        notes.append("summary.json could not be read.")
+    stages = stages_of(summary)
+    known = {stage["name"] for stage in stages}
+    lines, steps = Lines(folder / "metrics.jsonl"), []
+    for record in lines:
+        if record.get("stage") != "evaluate":
+            steps.append(record)
+        elif isinstance(name := record.get("name"), str) and name not in known:
+            known.add(name)
+            stages.append(record | {"name": name})
+    return RunRecord(folder.resolve().name, config, summary, stages, steps, notes + lines.note())
+
+
+def number(record: dict[str, Any], *keys: str) -> float | None:
+    """The figure under nested keys, None where it is missing or is not a finite number."""
+    value: Any = record
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return finite(value)
+
+
+def finite(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if abs(value) < float("inf") else None
+
+
+def interval(record: dict[str, Any], key: str) -> tuple[float, float] | None:
+    """[low, high] under `key`, None where it is missing."""
+    value = record.get(key)
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return None
+    low, high = finite(value[0]), finite(value[1])
+    return None if low is None or high is None else (low, high)
+
+
+def interval_text(record: dict[str, Any], key: str) -> str:
+    low_high = interval(record, key)
+    return "-" if low_high is None else f"{low_high[0]:.3f}–{low_high[1]:.3f}"
+
+
+def seconds_text(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
