@@ -1,8 +1,9 @@
 """Questions: the demo's, the public QA sets, or your own files (`id`, `question`, `golden_answers`).
 
-A spec names them: `demo`, `nq`, `hotpotqa:train`, `mine.jsonl`, or several of these joined by `+`. The public sets are
-fetched from the hub when they are first asked for. Training questions that a public set shares with the evaluation are
-left out; the other kinds are refused, as they are yours to mend.
+A spec names them: `demo`, `nq`, `hotpotqa:train`, `mine.jsonl`, or several of these joined by `+`; `all` is the seven
+sets that search agents are compared on. The public sets are fetched from the hub when they are first asked for.
+Training questions that a public set shares with the evaluation are left out; the other kinds are refused, as they are
+yours to mend.
 """
 
 import difflib
@@ -50,6 +51,9 @@ PUBLIC_SETS = {
     "search-r1": PublicSet("PeterJinGo/nq_hotpotqa_train", {"train": "train.parquet", "test": "test.parquet"}),
 }
 
+SEVEN_SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wiki", "musique", "bamboogle")
+"""What `all` stands for, in the order of the published tables."""
+
 _EXAMPLES = "`demo`, a set such as `nq`, a JSONL file, or several joined by `+`"
 
 
@@ -71,22 +75,27 @@ class _Part:
 
 
 def load_questions(
-    spec: str, split: str, limit: int = 0, seed: int = 0, notice: Notice | None = None
+    spec: str, split: str, limit: int = 0, seed: int = 0, notice: Notice | None = None, limit_each: bool = False
 ) -> list[Question]:
     """The questions of `spec`.
 
     Args:
-        spec: `demo`, a public set, either with `:SPLIT`, a question file, or several of them joined by `+`.
+        spec: `demo`, a public set, either with `:SPLIT`, a question file, several of them joined by `+`, or `all`.
+            Where there are several, each question's metadata names its `data_set`, if it did not already.
         split: what a set named without a split means: `train`, `dev` or `test` (of a public set without a test split:
             dev).
         limit: a seeded subset of this size, in file order; 0 for all.
         notice: told how many of a public set's questions have no usable answer; they are left out.
+        limit_each: `limit` is of each part of the spec, not of all together.
 
     Raises:
         UserError: for an unknown set or split, a set that cannot be fetched, and, with file and line number, for a line
             that cannot be read, lacks a column or repeats an id.
     """
-    return _subset(_join(_load(_parse(spec, split), notice)), limit, derive_seed(seed, "subset"))
+    loaded, chosen = _load(_parse(spec, split), notice), derive_seed(seed, "subset")
+    if limit_each:
+        return _join([(part, _subset(questions, limit, chosen)) for part, questions in loaded])
+    return _subset(_join(loaded), limit, chosen)
 
 
 def load_run_questions(config: Config, notice: Notice | None = None) -> tuple[list[Question], list[Question]]:
@@ -128,6 +137,18 @@ def load_run_questions(config: Config, notice: Notice | None = None) -> tuple[li
     return train, evaluation
 
 
+def data_set_of(question: Question) -> str | None:
+    """The data set that the question's metadata names, if it does."""
+    name = question.metadata.get("data_set")
+    return None if name is None else str(name)
+
+
+def order_by_data_set(questions: Sequence[Question]) -> list[Question]:
+    """Each data set's questions together, otherwise as they come."""
+    names = list(dict.fromkeys(map(data_set_of, questions)))
+    return sorted(questions, key=lambda question: names.index(data_set_of(question)))
+
+
 def named(spec: str | None, key: str) -> str:
     """`spec`, refused with the name of its setting where there is none."""
     if spec is None or not spec.strip():
@@ -166,7 +187,8 @@ def _subset(questions: list[Question], limit: int, seed: int) -> list[Question]:
 
 def _parse(spec: str, split: str) -> list[_Part]:
     """The parts of `spec`; an unknown name, split or file is refused here, before any download."""
-    texts = [spec] if Path(spec).is_file() else spec.split("+")
+    texts = [spec] if spec != "all" and Path(spec).is_file() else spec.split("+")
+    texts = [name for text in texts for name in (SEVEN_SETS if text.strip() == "all" else [text])]
     parts = [_parse_one(text.strip() if len(texts) > 1 else text, spec, split) for text in texts]
     for index, part in enumerate(parts):
         if part in parts[:index]:
@@ -193,7 +215,7 @@ def _parse_one(text: str, spec: str, split: str) -> _Part:
         return _Part(name, asked)
     if not Path(text).is_file():
         near = difflib.get_close_matches(name.lower(), [*PUBLIC_SETS, "demo"], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"give {_EXAMPLES} (sets: {', '.join(PUBLIC_SETS)})"
+        hint = f"did you mean {near[0]}?" if near else f"give {_EXAMPLES} (sets: {', '.join(PUBLIC_SETS)}, or all)"
         raise UserError(f"no question file at {text}; {hint}")
     return _Part(text)
 
@@ -203,8 +225,10 @@ def _load(parts: Sequence[_Part], notice: Notice | None) -> list[tuple[_Part, li
     loaded = [(part, _load_part(part, notice)) for part in parts]
     if len(parts) > 1:
         for part, questions in loaded:
-            for question in questions if part.split else ():
-                question.id = f"{part.name}:{question.id}"
+            for question in questions:
+                question.metadata.setdefault("data_set", part.name)
+                if part.split:
+                    question.id = f"{part.name}:{question.id}"
         seen: dict[str, _Part] = {}
         for part, questions in loaded:
             for question in questions:
@@ -225,7 +249,7 @@ def _load_part(part: _Part, notice: Notice | None) -> list[Question]:
         from searche1_lite.demo.world import load_demo_questions
 
         # Copies, as the demo keeps its own.
-        return [Question(q.id, q.question, q.golden_answers, q.metadata) for q in load_demo_questions(part.split)]
+        return [Question(q.id, q.question, q.golden_answers, dict(q.metadata)) for q in load_demo_questions(part.split)]
     return _read_questions(Path(part.name))
 
 

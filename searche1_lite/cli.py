@@ -76,39 +76,76 @@ def eval_command(
     preset: Preset = None,
     config: ConfigFile = None,
     adapter: Adapter = None,
-    data: Annotated[str | None, typer.Option(help="Questions, such as nq, hotpotqa:dev, demo or a JSONL file.")] = None,
-    limit: Annotated[int, typer.Option(min=0, help="A seeded subset of this size; 0: all.")] = 0,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Questions, such as nq, hotpotqa:dev, all (seven sets), demo or a JSONL file; joined by +."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of each data set, a seeded subset of this size; 0: all. Default: all of --data; without --data, what "
+            "`train` evaluates on (data.evaluation_limit).",
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help="agent, or a baseline: rag, no-search.")] = "agent",
+    out: Annotated[Path | None, typer.Option(help="Keep answers and figures in this folder.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the evaluation that is in --out.")] = False,
     as_json: AsJson = False,
     yes: Yes = False,
 ) -> None:
     """Evaluate an adapter, greedily. Example: searche1-lite eval --preset demo --data demo:dev"""
+    if resume and not out:
+        raise UserError("--resume goes on with what is in a folder; name it with --out")
     settings, _ = _settings(preset, config, overrides)
-    from searche1_lite.benchmarks import load_questions, named
+    from searche1_lite.benchmarks import load_questions, named, order_by_data_set
     from searche1_lite.checkpoint import check_adapter_folder
+    from searche1_lite.methods import method_settings, parse_method, retriever_for
 
+    chosen = parse_method(method)
     if adapter:
         check_adapter_folder(adapter)
     name = named(data or settings.data.evaluation, "data.evaluation (or --data)")
-    questions = load_questions(name, "test", limit or settings.data.evaluation_limit, settings.seed, _say)
-    _prepare_search(settings.search, yes)
-    quieten()
-    from searche1_lite.console import RichTasks
-    from searche1_lite.evaluate import evaluate
-    from searche1_lite.evolve import Run
+    if data is None and limit is None:
+        questions = load_questions(name, "test", settings.data.evaluation_limit, settings.seed, _say)
+    else:
+        questions = load_questions(name, "test", limit or 0, settings.seed, _say, limit_each=True)
+    questions = order_by_data_set(questions)
+    folder = None
+    if out:
+        from searche1_lite.evaluation_folder import EvaluationFolder, describe
 
-    work = Run(settings, RichTasks(), adapter)
-    trajectories = work.answer("evaluate", questions, 1, (settings.seed, "evaluate"), greedy=True)
-    result = evaluate(trajectories, settings.seed) | {
-        "retriever": work.retriever.name,
-        "model": settings.model.name,
-        "adapter": str(adapter) if adapter else None,
-        "data": name,
-    }
+        folder = EvaluationFolder(out, settings, describe(chosen, adapter, name, questions), questions, resume)
+    result = folder.result() if folder else None
+    if result is None:
+        if chosen != "no-search":
+            _prepare_search(settings.search, yes)
+        quieten()
+        from searche1_lite.console import RichTasks
+        from searche1_lite.evaluation import run_evaluation
+        from searche1_lite.evolve import Run
+
+        try:
+            work = Run(method_settings(settings, chosen), RichTasks(), adapter, retriever_for(chosen))
+            result = run_evaluation(work, questions, chosen, folder) | {
+                "method": chosen,
+                "retriever": None if chosen == "no-search" else work.retriever.name,
+                "model": settings.model.name,
+                "adapter": str(adapter) if adapter else None,
+                "data": name,
+            }
+        except KeyboardInterrupt:
+            kept = "what is answered is kept; go on with the same command and --resume"
+            _say(f"interrupted; {kept if out else 'nothing is kept without --out DIR'}")
+            raise typer.Exit(130) from None
+        if folder:
+            folder.finish(result)
     if as_json:
         typer.echo(json.dumps(result))
     else:
-        for key, value in result.items():
-            typer.echo(f"{key:24} {round(value, 4) if isinstance(value, float) else value}")
+        from searche1_lite.evaluation_table import print_evaluation
+
+        print_evaluation(result)
 
 
 @app.command()

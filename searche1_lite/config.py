@@ -73,6 +73,18 @@ class ProtocolConfig:
         "Question: {question}"
     )
     """The user message of the privileged prompt P_T. `{question}` and `{reference}` are replaced."""
+    direct_template: str = (
+        "Answer the question below from what you know. Think inside <think> and </think>, then give only the short "
+        "answer inside <answer> and </answer>, for example <answer> Lima </answer>.\nQuestion: {question}"
+    )
+    """The user message of `eval --method no-search`. `{question}` is replaced."""
+    rag_template: str = (
+        "Answer the question below with the help of the passages between <information> and </information>. Think "
+        "inside <think> and </think>, then give only the short answer inside <answer> and </answer>, for example "
+        "<answer> Lima </answer>.\n<information>{documents}</information>\nQuestion: {question}"
+    )
+    """The user message of `eval --method rag`. `{question}` and `{documents}`, what one search for the question finds,
+    are replaced; the documents are not counted in `max_prompt_tokens`."""
     information_template: str = "\n\n<information>{documents}</information>\n\n"
     document_template: str = "Doc {rank} (Title: {title}) {text}\n"
     no_result_message: str = "No results."
@@ -403,6 +415,8 @@ def _check_together(config: Config) -> None:
     for key, needed in {
         "plain_template": ["{question}"],
         "privileged_template": ["{question}", "{reference}"],
+        "direct_template": ["{question}"],
+        "rag_template": ["{question}", "{documents}"],
         "information_template": ["{documents}"],
         "document_template": ["{text}"],
     }.items():

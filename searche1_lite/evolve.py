@@ -35,6 +35,7 @@ from searche1_lite.pairs import Pair, select_pairs, teacher_prompts
 from searche1_lite.protocol import Protocol
 from searche1_lite.rollout import rollout
 from searche1_lite.schedule import Stage, next_stage
+from searche1_lite.search.base import Retriever
 from searche1_lite.search.catalog import open_retriever
 from searche1_lite.search.progress import Progress, say_on_stderr
 from searche1_lite.seeding import derive_seed
@@ -44,9 +45,11 @@ from searche1_lite.trajectory import Question, Trajectory
 class Run:
     """The things a run works with, loaded once."""
 
-    def __init__(self, config: Config, progress: Progress, adapter: Path | None = None) -> None:
+    def __init__(
+        self, config: Config, progress: Progress, adapter: Path | None = None, retriever: Retriever | None = None
+    ) -> None:
         self.config, self.progress = config, progress
-        self.retriever = open_retriever(config.search, progress=progress)
+        self.retriever = retriever or open_retriever(config.search, progress=progress)
         self.model: PeftModel
         self.tokenizer: PreTrainedTokenizerBase
         self.model, self.tokenizer = load_policy(config.model, adapter=adapter, seed=config.seed)

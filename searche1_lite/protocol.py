@@ -6,7 +6,7 @@ contain, they are encoded so that they can neither open nor close a block nor be
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -142,22 +142,45 @@ class Protocol:
             UserError: if the question alone exceeds `max_prompt_tokens`.
         """
         ids = self._render(self.config.plain_template, {"question": question.strip()})
-        if len(ids) > self.config.max_prompt_tokens:
-            raise UserError(
-                f"the prompt of question {question[:60]!r} has {len(ids)} tokens, more than "
-                f"protocol.max_prompt_tokens={self.config.max_prompt_tokens}; shorten the question or raise the limit"
-            )
+        self._check_length(len(ids), question)
         return ids
 
-    def check_prompts(self, questions: Sequence[Question]) -> None:
-        """Refuses, before a run begins, what `prompt_ids` would refuse in the middle of it.
+    def direct_prompt_ids(self, question: str) -> list[int]:
+        """The question to be answered without a search, as token ids; see `prompt_ids` for the error."""
+        ids = self._render(self.config.direct_template, {"question": question.strip()})
+        self._check_length(len(ids), question)
+        return ids
+
+    def rag_prompt_ids(self, question: str, passages: Sequence[Passage]) -> list[int]:
+        """The question beside passages that were looked up for it, as token ids.
+
+        The passages are rendered as those of a search are: escaped, each cut to `max_document_tokens`. They come on top
+        of `max_prompt_tokens`; see `prompt_ids` for the error.
+        """
+        documents = self.document_ids(passages)
+        ids = self._render(self.config.rag_template, {"question": question.strip(), "documents": documents})
+        self._check_length(len(ids) - len(documents), question)
+        return ids
+
+    def _check_length(self, length: int, question: str) -> None:
+        if length > self.config.max_prompt_tokens:
+            raise UserError(
+                f"the prompt of question {question[:60]!r} has {length} tokens, more than "
+                f"protocol.max_prompt_tokens={self.config.max_prompt_tokens}; shorten the question or raise the limit"
+            )
+
+    def check_prompts(
+        self, questions: Sequence[Question], prompt_ids: Callable[[str], list[int]] | None = None
+    ) -> None:
+        """Refuses, before a run begins, what `prompt_ids` (default: the plain prompt's) would refuse in the middle.
 
         Only questions with more bytes than there is room for tokens are encoded.
         """
-        room = self.config.max_prompt_tokens - len(self.prompt_ids("?"))
+        prompt_ids = prompt_ids or self.prompt_ids
+        room = self.config.max_prompt_tokens - len(prompt_ids("?"))
         for question in questions:
             if len(escape(question.question).encode("utf-8", "replace")) >= room:
-                self.prompt_ids(question.question)
+                prompt_ids(question.question)
 
     def reference_ids(self, reference: Trajectory, with_documents: bool = True) -> list[int]:
         """A trajectory as it is shown to the teacher: its own ids, special tokens dropped, documents on request."""
@@ -182,7 +205,11 @@ class Protocol:
 
     def information_ids(self, passages: Sequence[Passage]) -> list[int]:
         """The `<information>` block for one search, each document cut to `max_document_tokens`."""
-        ids = list(self._information_opening)
+        return self._information_opening + self.document_ids(passages) + self._information_closing
+
+    def document_ids(self, passages: Sequence[Passage]) -> list[int]:
+        """The passages as data, each cut to `max_document_tokens`; what there is to say where there are none."""
+        ids: list[int] = []
         for rank, passage in enumerate(passages, start=1):
             text = (
                 self.config.document_template.replace("{rank}", str(rank))
@@ -192,7 +219,7 @@ class Protocol:
             ids += self._encode_document(text)[: self.config.max_document_tokens]
         if not passages:
             ids += self._encode(self.config.no_result_message)
-        return ids + self._information_closing
+        return ids
 
     def correction_ids(self) -> list[int]:
         """The environment's message after a turn that was neither a search nor an answer."""

@@ -30,9 +30,9 @@ def exact_match(prediction: str | None, golds: Sequence[str]) -> float:
 def f1_score(prediction: str | None, golds: Sequence[str]) -> float:
     """The best token F1 against any gold answer, in [0, 1].
 
-    As in HotpotQA's metric, `yes`, `no` and `noanswer` earn all or nothing.
+    As in HotpotQA's metric, `yes`, `no` and `noanswer` earn all or nothing. None or a blank earns 0.0.
     """
-    if prediction is None:
+    if prediction is None or not prediction.strip():
         return 0.0
     return max((_f1(normalize_answer(prediction), normalize_answer(gold)) for gold in golds), default=0.0)
 

@@ -68,6 +68,9 @@ class Trajectory:
     """Exact match in {0, 1}."""
     f1: float = 0.0
     logprobs: list[float] | None = None
+    given: list[Search] = field(default_factory=list)
+    """What was looked up for the policy and shown in its prompt (one-shot RAG). It did not ask for it, so these are not
+    among its `searches`."""
 
     @property
     def correct(self) -> bool:
@@ -96,9 +99,11 @@ class Trajectory:
                 **data,
                 "question": Question(**data["question"]),
                 "turns": [Turn(**turn) for turn in data["turns"]],
-                "searches": [
-                    Search(search["query"], [Passage(**passage) for passage in search["passages"]])
-                    for search in data["searches"]
-                ],
+                "searches": [_search(search) for search in data["searches"]],
+                "given": [_search(search) for search in data.get("given", ())],
             }
         )
+
+
+def _search(data: dict[str, Any]) -> Search:
+    return Search(data["query"], [Passage(**passage) for passage in data["passages"]])

@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from searche1_lite import hub
-from searche1_lite.benchmarks import PUBLIC_SETS, check_disjoint, load_questions, load_run_questions
+from searche1_lite.benchmarks import PUBLIC_SETS, SEVEN_SETS, check_disjoint, load_questions, load_run_questions
 from searche1_lite.config import Config, DataConfig, GRPOStageConfig
 from searche1_lite.errors import UserError
 from searche1_lite.trajectory import Question
@@ -369,6 +369,28 @@ def test_joined_sets_have_ids_of_their_own_and_one_subset_of_all(shelf_of_sets: 
     ]
     assert [question.metadata["data_set"] for question in joined] == ["nq"] * 4 + ["hotpotqa"] * 4
     assert len(load_questions("nq+hotpotqa", "train", limit=5, seed=1)) == 5
+
+
+def test_all_is_the_seven_sets_and_a_limit_may_be_of_each(shelf_of_sets: Callable[..., Path], tmp_path: Path) -> None:
+    for name in SEVEN_SETS:
+        split = "test" if "test" in PUBLIC_SETS[name].files else "dev"
+        shelf_of_sets(name, split, *(line(id=f"{n}", question=f"Who is {n}?") for n in range(9)))
+    every = load_questions("all", "test")
+    assert [question.metadata["data_set"] for question in every][::9] == list(SEVEN_SETS) and len(every) == 63
+    each = load_questions("all", "test", limit=2, seed=1, limit_each=True)
+    alone = [question.id for question in load_questions("nq", "test", limit=2, seed=1, limit_each=True)]
+    assert [question.metadata["data_set"] for question in each] == [name for name in SEVEN_SETS for _ in range(2)]
+    assert [question.id for question in each[:2]] == [f"nq:{name}" for name in alone], "those of the set alone"
+    own = write(tmp_path / "own.jsonl", line(id="a"), line(id="b", metadata={"data_set": "mine"}))
+    joined = load_questions(f"all+{own}+demo:dev", "test", limit=1, limit_each=True)
+    assert len(joined) == 9 and joined[-1].metadata["data_set"] == "demo" and joined[-1].metadata["hops"]
+    assert [question.metadata for question in load_questions(f"{own}+nq", "test")][:2] == [
+        {"data_set": own},
+        {"data_set": "mine"},
+    ]
+    assert "data_set" not in load_questions("demo:dev", "test")[0].metadata, "the demo's own are as they were"
+    assert refusal("all", "train") == "popqa has no split 'train'; there are: test"
+    assert refusal("nq+all", "test") == "'nq+all' names nq:test twice; name it once"
 
 
 def test_a_public_sets_plain_metadata_is_kept_and_musiques_hops_are_read_from_its_ids(

@@ -18,6 +18,7 @@ from searche1_lite.demo.build import (
     EpisodeBatches,
     build_model,
     demo_protocol_config,
+    pretrained_protocol,
     weighted_loss,
 )
 from searche1_lite.demo.habits import choose_by_habit, choose_well, play, write_episode
@@ -37,7 +38,7 @@ def metadata() -> dict:
 
 def test_the_shipped_weights_were_made_by_this_build_configuration(metadata: dict) -> None:
     assert metadata["build"] == asdict(BuildConfig()), "rebuild it: python -m searche1_lite.demo.build"
-    assert metadata["protocol"] == asdict(demo_protocol_config()), "the demo preset's protocol changed: rebuild it"
+    assert metadata["protocol"] == pretrained_protocol(), "the demo preset's protocol changed: rebuild it"
     assert metadata["steps_done"] == BuildConfig().steps and metadata["seconds"] > 0
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -34,6 +35,8 @@ from searche1_lite.trajectory import Question, Trajectory
 POLICY_FOLDER = Path(__file__).parent / "policy"
 METADATA_FILE = "build.json"
 """Beside the weights: the `BuildConfig` that made them, and what was measured."""
+BASELINE_TEMPLATES = ("direct_template", "rag_template")
+"""Prompts that only an evaluation's baselines use."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,11 @@ class BuildConfig:
 def demo_protocol_config() -> ProtocolConfig:
     """The protocol settings of the demo preset, which the policy is pre-trained on."""
     return load_config("demo", None, []).protocol
+
+
+def pretrained_protocol() -> dict[str, Any]:
+    """The settings of `demo_protocol_config` that shape the policy."""
+    return {key: value for key, value in asdict(demo_protocol_config()).items() if key not in BASELINE_TEMPLATES}
 
 
 def _as_trajectory(question: str, ids: list[int], by_model: list[bool]) -> Trajectory:
@@ -244,7 +252,7 @@ def _save(model: torch.nn.Module, tokenizer, build: BuildConfig, out: Path, seco
     tokenizer.save_pretrained(staging)
     metadata = {
         "build": asdict(build),
-        "protocol": asdict(demo_protocol_config()),
+        "protocol": pretrained_protocol(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps_done": steps,
         "seconds": round(seconds),

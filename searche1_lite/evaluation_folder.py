@@ -1,0 +1,190 @@
+"""An evaluation's folder: what is in it, and how an evaluation goes on from it.
+
+    config.yaml          the settings, and under `evaluation` what was asked: method, adapter, data
+    trajectories.jsonl   a line an episode, for the report
+    questions.jsonl      a line a question, once it is answered
+    result.json          the figures, once all are
+
+Both files grow together, in the order of the questions, trajectories first. So the lines of `questions.jsonl` are the
+work that is done, and whatever else an interruption left behind is cut off.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from searche1_lite.checkpoint import write_atomically
+from searche1_lite.config import Config, dump_config, flatten, parse_config
+from searche1_lite.errors import UserError
+from searche1_lite.trajectory import Question
+
+
+class EvaluationFolder:
+    """One evaluation on disk.
+
+    Args:
+        path: the folder; looked at now, and made by `start`.
+        config: the settings.
+        asked: what was asked beside them, from `describe`.
+        questions: all that are to be answered, in their order.
+        resume: go on with the evaluation that is there, if it asks the same.
+
+    Raises:
+        UserError: if the folder holds another evaluation, or anything else; nothing is overwritten.
+    """
+
+    def __init__(
+        self, path: Path, config: Config, asked: dict[str, Any], questions: Sequence[Question], resume: bool
+    ) -> None:
+        self.path = path
+        self._config, self._asked, self._ids = config, asked, [question.id for question in questions]
+        if (path / "config.yaml").is_file():
+            if not resume:
+                raise UserError(
+                    f"{path} is not empty; add --resume to go on with what is there, or choose another --out"
+                )
+            _check_same(path, config, asked)
+        elif path.is_dir() and any(path.iterdir()):
+            raise UserError(f"{path} is not empty and holds no evaluation; choose another --out")
+        elif not (nearest := next(place for place in (path, *path.absolute().parents) if place.exists())).is_dir():
+            raise UserError(f"cannot write to {path}: {nearest} is a file; choose another --out")
+
+    def result(self) -> dict[str, Any] | None:
+        """The figures, if the evaluation is done."""
+        path = self.path / "result.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def start(self) -> list[dict[str, Any]]:
+        """Makes what is not there yet, mends what was cut off, and gives the lines of the questions that are done.
+
+        Raises:
+            UserError: where nothing can be written, or the files do not belong together.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / "config.yaml").is_file():
+                text = yaml.safe_dump({"evaluation": self._asked}, sort_keys=False)
+                write_atomically(self.path / "config.yaml", text + dump_config(self._config))
+            done = self._mend_questions()
+            self._mend_trajectories(len(done))
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}; choose another --out") from error
+        return done
+
+    def add(self, outcomes: Sequence[dict[str, Any]], trajectories: Sequence[dict[str, Any]]) -> None:
+        """Keeps the next questions that are done."""
+        _append(self.path / "trajectories.jsonl", trajectories)
+        _append(self.path / "questions.jsonl", outcomes)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+
+    def _mend_questions(self) -> list[dict[str, Any]]:
+        """The whole lines of `questions.jsonl`; what follows them is cut off."""
+        path = self.path / "questions.jsonl"
+        done: list[dict[str, Any]] = []
+        size = 0
+        if not path.is_file():
+            return done
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    record = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    record = None
+                if not isinstance(record, dict):
+                    break  # as a crash of the machine leaves it
+                if number > len(self._ids) or record.get("id") != self._ids[number - 1]:
+                    raise UserError(f"{path}:{number} is not the question that comes there; choose another --out")
+                done.append(record)
+                size += len(line)
+        _cut(path, size)
+        return done
+
+    def _mend_trajectories(self, count: int) -> None:
+        """Cuts `trajectories.jsonl` to the questions that are done."""
+        path = self.path / "trajectories.jsonl"
+        size = lines = 0
+        if path.is_file() and count:
+            with path.open("rb") as file:
+                for line in file:
+                    if lines == count or not line.endswith(b"\n"):
+                        break
+                    lines, size = lines + 1, size + len(line)
+        if lines < count:
+            raise UserError(
+                f"{path} holds {lines} of {count} questions that are done; put it back, or choose another --out"
+            )
+        _cut(path, size)
+
+
+def describe(method: str, adapter: Path | None, data: str, questions: Sequence[Question]) -> dict[str, Any]:
+    """What an evaluation asks beside its settings; an adapter and questions are told by their content too."""
+    content = [[q.id, q.question, q.golden_answers] for q in questions]
+    return {
+        "method": method,
+        "adapter": None if adapter is None else str(adapter),
+        "adapter_digest": None if adapter is None else _adapter_digest(adapter),
+        "data": data,
+        "questions": len(questions),
+        "questions_digest": _digest(json.dumps(content).encode()),
+    }
+
+
+def _adapter_digest(folder: Path) -> str:
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    return _digest(*((folder / name).read_bytes() for name in names if (folder / name).is_file()))
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(hashlib.blake2b(part).digest())
+    return digest.hexdigest()
+
+
+def _check_same(path: Path, config: Config, asked: dict[str, Any]) -> None:
+    file = path / "config.yaml"
+    try:
+        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+        there = saved.pop("evaluation")
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path} holds no evaluation; choose another --out") from error
+    try:
+        settings = parse_config(saved)
+    except UserError as error:
+        raise UserError(f"{file} does not fit this version ({error}); choose another --out") from error
+    ours, theirs = flatten(config) | asked, flatten(settings) | there
+    different = [key for key in ours if key != "adapter" and ours[key] != theirs.get(key)]
+    if {"data", "questions"} & set(different):
+        different.remove("questions_digest")
+    if different:
+        shown = ", ".join(_tell(key, theirs, ours) for key in different[:3])
+        raise UserError(f"{path} holds another evaluation: {shown}; use what it has, or choose another --out")
+
+
+def _tell(key: str, there: dict[str, Any], now: dict[str, Any]) -> str:
+    if key == "adapter_digest":
+        if there.get("adapter") == now["adapter"]:
+            return f"the adapter {now['adapter']} has changed since"
+        key = "adapter"
+    if key == "questions_digest":
+        return "the questions have changed since"
+    return f"{key} ({there.get(key)!r} there, {now[key]!r} now)"
+
+
+def _append(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cut(path: Path, size: int) -> None:
+    if path.is_file() and path.stat().st_size > size:
+        os.truncate(path, size)
