@@ -67,7 +67,9 @@ def train(
     from rich.console import Console
 
     Console().print(stage_table(summary))
-    typer.echo(f"run: {folder_path}", err=True)
+    from searche1_lite.report import write_report
+
+    typer.echo(f"run: {folder_path}\nreport: {write_report(folder_path)}", err=True)
 
 
 @app.command("eval")
@@ -323,7 +325,9 @@ def sweep(
         from searche1_lite.console import sweep_table
 
         Console().print(sweep_table(result))
-    _say(f"sweep: {folder}")
+    from searche1_lite.report import write_report
+
+    _say(f"sweep: {folder}\nreport: {write_report(folder)}")
     if any(run["state"] == "failed" for row in result["variants"] for run in row["runs"]):
         raise typer.Exit(1)
 

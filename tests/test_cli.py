@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "jnius", "pyserini", "numpy"}
-COMMANDS = ["train", "eval", "ask", "index", "doctor", "bench"]
+COMMANDS = ["train", "eval", "ask", "index", "doctor", "bench", "sweep", "report"]
 QUESTION = '{"id": "q1", "question": "What is the capital of Peru?", "golden_answers": ["Lima"]}\n'
 ANOTHER = '{"id": "q2", "question": "What is the capital of Ecuador?", "golden_answers": ["Quito"]}\n'
 PASSAGE = '{"id": "a", "contents": "Lima\\nLima is the capital of Peru."}\n'
@@ -113,6 +113,11 @@ def test_help_loads_nothing_heavy(tmp_path: Path, words: list[str]) -> None:
         ("bench grpo.clip=-1", "grpo.clip=-1 is impossible"),
         ("bench --part speed", "bench has no part 'speed'; there are: memory, rollout, search, round"),
         ("bench --plot bench.txt", "--plot bench.txt has no format; name it .png, .svg or .pdf"),
+        ("sweep missing.yaml", "cannot read the config missing.yaml"),
+        ("sweep twice.yaml", "twice.yaml:2: not valid YAML (key 'seed' stands twice)"),
+        ("sweep twice.yaml --seeds one", "--seeds 'one' is not a list of whole numbers; write them as 1,2,3"),
+        ("report missing", "there is no folder missing; give the folder of a run, such as runs/demo"),
+        ("report .", ". holds neither a run (config.yaml, summary.json) nor a sweep (sweep.json); give the folder"),
         ("bench --plot missing/bench.png", "--plot missing/bench.png: there is no folder"),
     ],
 )

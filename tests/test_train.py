@@ -16,6 +16,7 @@ from searche1_lite.config import load_config
 from searche1_lite.console import RichTasks
 from searche1_lite.errors import UserError
 from searche1_lite.evolve import run
+from searche1_lite.report.trajectories import read_trajectories
 
 SETTINGS = [
     "grpo.steps=2",
@@ -92,6 +93,24 @@ def test_each_distillation_reports_its_pairs_their_kl_and_the_teachers_answers(f
             assert abs(stage["kl"]["plain"]) < 1e-6 < min(stage["kl"]["pairs"], stage["kl"]["foreign"])
             assert {"em", "searches_per_question"} == stage["privilege"]["teacher"].keys()
             assert stage["privilege"]["teacher"].keys() == stage["privilege"]["student"].keys()
+
+
+def test_the_report_shows_the_kl_of_every_rollout_of_the_pairs_questions(folder: Path) -> None:
+    assert "round2.ofsd" in (folder / "run" / "report.html").read_text()
+    stages = {stage["name"]: stage for stage in json.loads((folder / "run" / "summary.json").read_text())["stages"]}
+    for name in ("round1.ofsd", "round2.ofsd"):
+        pairs = stages[name]["pairs"]["pairs"]
+        lines = records(folder / "run" / "trajectories" / f"{name}.kl.jsonl")
+        assert len(lines) == 5 * pairs and sum(line["role"] == "student" for line in lines) == pairs
+        rollouts = records(folder / "run" / "trajectories" / f"{name}.rollouts.jsonl")
+        turns = {(r["question"]["id"], r["sample"]): [turn["text"] for turn in r["turns"]] for r in rollouts}
+        for line in lines:
+            shown = ["".join(turn["pieces"]) for turn in line["turns"]]
+            assert shown == turns[line["question_id"], line["sample"]]
+    found = read_trajectories(folder / "run")
+    assert sum(group["kl"] is not None for group in found.groups) == sum(
+        stages[name]["pairs"]["pairs"] for name in ("round1.ofsd", "round2.ofsd")
+    )
 
 
 def test_a_run_that_lost_its_last_stages_comes_to_the_same_end(folder: Path) -> None:
