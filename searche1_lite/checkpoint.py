@@ -205,7 +205,8 @@ def _read_config(path: Path) -> Config:
 
 def _check_same(saved: Config, asked: Config, path: Path) -> None:
     ours, theirs = flatten(saved), flatten(asked)
-    different = [key for key in ours if ours[key] != theirs[key]]
+    # How a run is watched makes no other run of it.
+    different = [key for key in ours if ours[key] != theirs[key] and not key.startswith("logging.")]
     if different:
         shown = ", ".join(f"{key} ({ours[key]!r} there, {theirs[key]!r} now)" for key in different[:3])
         raise UserError(f"{path} holds a run with other settings: {shown}; use those, or choose another --out")

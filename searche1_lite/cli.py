@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -46,7 +47,9 @@ def train(
     folder_path = out or Path("runs") / (preset or (config.stem if config else "default"))
     from searche1_lite.benchmarks import load_run_questions
     from searche1_lite.checkpoint import RunFolder
+    from searche1_lite.tracking import check_trackers
 
+    check_trackers(settings.logging)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or "," in os.environ.get("CUDA_VISIBLE_DEVICES", ""):
         raise UserError("a run is for one GPU; set CUDA_VISIBLE_DEVICES to one of them, and start one process")
     questions = load_run_questions(settings, _say)  # faulty files are refused before a folder is made
@@ -373,6 +376,9 @@ def _settings(
 
 def quieten() -> None:
     """Keeps libraries' progress bars and notices off the terminal; set SEARCHE1_LITE_DEBUG=1 to see them."""
+    if os.environ.get("WANDB_MODE") == "offline":
+        with redirect_stdout(sys.stderr):  # transformers prints a line about it as it is imported
+            import transformers.integrations.integration_utils  # noqa: F401
     if os.environ.get("SEARCHE1_LITE_DEBUG"):
         return
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from searche1_lite.errors import UserError
@@ -23,6 +23,17 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+def _names(value: Any) -> Any:
+    """`a`, `a,b` and `[a, b]` name the same things; `none` and null name nothing."""
+    if value is None or value in ("none", ["none"]):
+        return []
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    return list(dict.fromkeys(names)) if isinstance(names, list) and all(isinstance(n, str) for n in names) else names
+
+
+Trackers = Annotated[list[Literal["tensorboard", "trackio", "wandb"]], BeforeValidator(_names)]
 
 
 @dataclass(config=_STRICT)
@@ -202,6 +213,20 @@ class BudgetConfig:
 
 
 @dataclass(config=_STRICT)
+class LoggingConfig:
+    """How a run is watched; none of it changes what a run does, so a resumed one may have other values."""
+
+    report_to: Trackers = field(default_factory=list)
+    """The Trainer's `report_to`: `tensorboard`, `trackio`, `wandb`, or several; each is an extra to install."""
+    project: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    """The runs' project in wandb and trackio; null: `WANDB_PROJECT` for wandb, else `searche1-lite`."""
+    samples: Count = 4
+    """Trajectories in a table of samples on the terminal; 0: no tables."""
+    samples_every: Count = 0
+    """Show the table after every so many GRPO steps; 0: once a stage."""
+
+
+@dataclass(config=_STRICT)
 class Config:
     """A whole run."""
 
@@ -216,6 +241,7 @@ class Config:
     grpo: GRPOStageConfig = field(default_factory=GRPOStageConfig)
     ofsd: OFSDStageConfig = field(default_factory=OFSDStageConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
 DEFAULT_PRESETS = {8: "qwen2.5-3b-8gb", 12: "qwen2.5-3b-12gb", 16: "qwen2.5-3b-16gb", 24: "qwen2.5-3b-24gb"}

@@ -40,6 +40,10 @@ class RichTasks:
             bar = bars.add_task(name, total=total)
             yield lambda count: bars.advance(bar, count)
 
+    def show(self, what: Any) -> None:
+        """Prints above the bars, without tearing them."""
+        self._console.print(what)
+
 
 def confirmation(yes: bool) -> Callable[[str], bool]:
     """What asks before a large download, on stderr; with `yes` it agrees unasked.

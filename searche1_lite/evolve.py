@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -34,11 +35,13 @@ from searche1_lite.ofsd import ofsd_steps, train_ofsd
 from searche1_lite.pairs import Pair, select_pairs, teacher_prompts
 from searche1_lite.protocol import Protocol
 from searche1_lite.rollout import rollout
+from searche1_lite.samples import is_due, sample_table
 from searche1_lite.schedule import Stage, next_stage
 from searche1_lite.search.base import Retriever
 from searche1_lite.search.catalog import open_retriever
 from searche1_lite.search.progress import Progress, say_on_stderr
 from searche1_lite.seeding import derive_seed
+from searche1_lite.tracking import Tracked, check_trackers, report_evaluations
 from searche1_lite.trajectory import Question, Trajectory
 
 
@@ -121,6 +124,11 @@ class Run:
         records, seconds = found
         return [Trajectory.from_dict(record) for record in records], seconds
 
+    def show_samples(self, title: str, trajectories: Sequence[Trajectory]) -> None:
+        """A table of some of these, unless the run is watched without."""
+        if self.config.logging.samples:
+            self.progress.show(sample_table(title, trajectories, self.config.logging.samples))
+
 
 def run(
     config: Config,
@@ -133,6 +141,7 @@ def run(
     Args:
         questions: what `load_run_questions(config)` gave, if it was called already.
     """
+    check_trackers(config.logging)
     train_questions, test_questions = questions or load_run_questions(config)
     work = Run(config, progress)
     work.protocol.check_prompts([*train_questions, *test_questions])
@@ -165,6 +174,7 @@ def run(
         folder.log({"stage": "evaluate", "name": name, **metrics})
         folder.update_checkpoint(name, summary | {"metrics_size": folder.metrics_size()})
         folder.save_summary(summary)
+        report_evaluations(config, folder.path, summary["stages"])
 
     if (latest := folder.latest()) is not None:
         checkpoint, summary = latest
@@ -190,13 +200,19 @@ def _run_grpo(
     """Seconds and figures of one GRPO stage."""
     began, file = time.monotonic(), f"{stage.name}.rollouts"
     folder.save_trajectories(file, [])
-    steps = stage.steps(work.config.grpo.steps)
+    steps, numbers = stage.steps(work.config.grpo.steps), count(1)
+
+    def keep_rollouts(rollouts: Sequence[Trajectory]) -> None:
+        folder.add_trajectories(file, [t.to_dict() for t in rollouts])
+        if is_due(step := next(numbers), steps, work.config.logging.samples_every):
+            work.show_samples(f"{stage.name}, step {step}", rollouts)
+
     with work.progress.task(f"round{stage.round}: GRPO", steps) as advance:
         result = train_grpo(
             work.model, work.tokenizer, partial(work.rollout, logprobs=True), questions, work.config,
             run_seed=work.config.seed, round_index=stage.round, output_dir=folder.path / "checkpoints",
             on_step=lambda record: (folder.log(record), advance(1)),
-            on_rollouts=lambda rollouts: folder.add_trajectories(file, [t.to_dict() for t in rollouts]),
+            on_rollouts=keep_rollouts, tracked=Tracked(work.config, folder.path, stage.name),
             deadline=stage.deadline(), limit=steps,
         )  # fmt: skip
     return time.monotonic() - began, result
@@ -212,6 +228,7 @@ def _run_ofsd(
     rollouts, rolled = work.answer_once(
         folder, file, f"round{index}: roll out", asked, settings.rollouts, seed_parts, greedy=False
     )
+    work.show_samples(f"{name}, fresh rollouts", rollouts)
     pairs, counts = select_pairs(
         rollouts, settings.students, settings.reference, derive_seed(config.seed, "ofsd-reference", index)
     )
@@ -229,7 +246,7 @@ def _run_ofsd(
             work.model, work.tokenizer, work.protocol, pairs, config,
             run_seed=config.seed, round_index=index, output_dir=folder.path / "checkpoints",
             on_step=lambda record: (folder.log(record), advance(1)),
-            deadline=stage.deadline(spent=rolled), limit=steps,
+            deadline=stage.deadline(spent=rolled), limit=steps, tracked=Tracked(config, folder.path, name),
         )  # fmt: skip
     figures = {"pairs": counts, "privilege": privilege, "kl": kl, "diagnostic_seconds": round(diagnostics, 1)}
     return rolled + time.monotonic() - began, figures | result | {"rollout_seconds": rolled}

@@ -25,6 +25,7 @@ from searche1_lite.logprobs import completion_hidden, token_logprobs
 from searche1_lite.microbatch import micro_batches
 from searche1_lite.model import compute_context, compute_dtype, drop_adapter, keep_adapter_fp32, use_adapter
 from searche1_lite.seeding import derive_seed
+from searche1_lite.tracking import Tracked, figures_of, reporting, reporting_arguments
 from searche1_lite.trajectory import Question, Trajectory
 
 REFERENCE = "ref"
@@ -36,8 +37,10 @@ Answer = Callable[[Sequence[Question], int, Sequence[int | str]], list[Trajector
 """Questions, rollouts a question, and the parts of the seed -> trajectories."""
 
 
-def trainer_arguments(model: PeftModel, config: Config, *, seed: int, output_dir: Path, steps: int) -> dict[str, Any]:
-    """Arguments that both stages' trainers share: one process, no saving, no reporting, constant rate after warm-up."""
+def trainer_arguments(
+    model: PeftModel, config: Config, *, seed: int, output_dir: Path, steps: int, tracked: Tracked | None = None
+) -> dict[str, Any]:
+    """Arguments that both stages' trainers share: one process, no saving, constant rate after warm-up."""
     return {
         "output_dir": str(output_dir),
         "seed": seed % 2**31,
@@ -46,7 +49,6 @@ def trainer_arguments(model: PeftModel, config: Config, *, seed: int, output_dir
         "weight_decay": 0.0,
         "logging_steps": 1,
         "save_strategy": "no",
-        "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "gradient_checkpointing": config.model.gradient_checkpointing,
@@ -55,11 +57,14 @@ def trainer_arguments(model: PeftModel, config: Config, *, seed: int, output_dir
         "dataloader_pin_memory": model.device.type != "cpu",
         "temperature": config.engine.temperature,
         "max_completion_length": config.protocol.max_completion_tokens,
+        **reporting_arguments(tracked),
     }
 
 
 class StepReporter(TrainerCallback):
     """Hands each optimizer step's figures on, and stops the trainer when the time is up.
+
+    Callbacks that come after it find our figures in the log beside TRL's.
 
     Args:
         describe: turns TRL's log of one step into our record.
@@ -90,7 +95,9 @@ class StepReporter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
             seconds = time.monotonic() - self._began
-            self._on_step({"step": state.global_step, **self._describe(logs), "seconds": round(seconds, 3)})
+            record = {"step": state.global_step, **self._describe(logs), "seconds": round(seconds, 3)}
+            self._on_step(record)
+            logs |= figures_of(record)
 
 
 class RolloutGRPOTrainer(GRPOTrainer):
@@ -116,6 +123,9 @@ class RolloutGRPOTrainer(GRPOTrainer):
             batch = super()._generate_and_score_completions(inputs)
         finally:
             self.beta = beta
+        for name in ("clipped_ratio", "mean_terminated_length", "min_terminated_length", "max_terminated_length"):
+            # TRL takes an episode that ends with `</answer>`, and not with EOS, for one that was cut off.
+            self._metrics["train"].pop(f"completions/{name}", None)
         trained = (batch["advantages"].view(-1, self.num_generations) != 0).any(dim=1)
         self._metrics["train"]["skipped_groups"].append(int((~trained).sum()))
         batch["trained"] = trained.repeat_interleave(self.num_generations)
@@ -205,6 +215,7 @@ def train_grpo(
     on_rollouts: Callable[[list[Trajectory]], None] | None = None,
     deadline: float | None = None,
     limit: int | None = None,
+    tracked: Tracked | None = None,
 ) -> dict[str, Any]:
     """One GRPO stage; the trained adapter is changed in place.
 
@@ -215,6 +226,7 @@ def train_grpo(
         on_rollouts: shown each step's trajectories.
         deadline: `time.monotonic()` after which the stage ends early.
         limit: optimizer steps, at least 1, after which it ends early.
+        tracked: the stage as TensorBoard, trackio and wandb know it; None: they are told nothing.
 
     Returns:
         `{"steps", "rollout_seconds"}`.
@@ -272,7 +284,7 @@ def train_grpo(
 
     reporter = StepReporter(describe, on_step, deadline, limit)
     arguments = GRPOConfig(
-        **trainer_arguments(model, config, seed=seed, output_dir=output_dir, steps=stage.steps),
+        **trainer_arguments(model, config, seed=seed, output_dir=output_dir, steps=stage.steps, tracked=tracked),
         loss_type="grpo",
         scale_rewards="group",
         epsilon=stage.clip,
@@ -301,7 +313,8 @@ def train_grpo(
             if f".{REFERENCE}." in name:
                 parameter.requires_grad_(False)
         drop_printer(trainer)
-        trainer.train()
+        with reporting(trainer, tracked):
+            trainer.train()
     finally:
         drop_adapter(model, REFERENCE)
         model.eval()

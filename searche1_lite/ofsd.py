@@ -31,6 +31,7 @@ from searche1_lite.model import compute_context, drop_adapter, keep_adapter_fp32
 from searche1_lite.pairs import Pair, teacher_prompts
 from searche1_lite.protocol import Protocol
 from searche1_lite.seeding import derive_seed
+from searche1_lite.tracking import Tracked, reporting
 from searche1_lite.trajectory import Trajectory
 
 TEACHER = "teacher"
@@ -176,6 +177,7 @@ def train_ofsd(
     on_step: OnStep,
     deadline: float | None = None,
     limit: int | None = None,
+    tracked: Tracked | None = None,
 ) -> dict[str, Any]:
     """One OFSD stage; the trained adapter is changed in place, the snapshot is dropped at the end.
 
@@ -207,7 +209,7 @@ def train_ofsd(
 
     reporter = StepReporter(describe, on_step, deadline, limit)
     arguments = DistillationConfig(
-        **trainer_arguments(model, config, seed=seed, output_dir=output_dir, steps=steps),
+        **trainer_arguments(model, config, seed=seed, output_dir=output_dir, steps=steps, tracked=tracked),
         per_device_train_batch_size=stage.batch_size,
         learning_rate=stage.learning_rate,
         warmup_steps=round(stage.warmup_ratio * steps),
@@ -230,7 +232,8 @@ def train_ofsd(
                 settings=stage,
             )
         drop_printer(trainer)
-        trainer.train()
+        with reporting(trainer, tracked):
+            trainer.train()
     finally:
         drop_adapter(model, TEACHER)
         model.eval()

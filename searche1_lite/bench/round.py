@@ -25,6 +25,9 @@ class TaskTimer:
         yield lambda count: None
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
+    def show(self, what: Any) -> None:
+        pass
+
 
 def measure_round(quick: bool = False, on_part: Callable[[str], None] = lambda name: None) -> dict[str, Any]:
     """One round of the demo, a quarter as long as the preset's; `quick`: as short as it can be.

@@ -42,7 +42,8 @@ class RunRecord:
 
 
 def is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("config.yaml", "summary.json", "metrics.jsonl"))
+    """Whether a run has begun here; its summary comes with its first evaluation."""
+    return (folder / "config.yaml").is_file() and (folder / "trajectories").is_dir()
 
 
 class Lines:

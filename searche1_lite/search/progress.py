@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 _SHOWN_FROM = 8_000_000
 """Bytes; less than this is done before a bar could be read."""
@@ -16,6 +16,10 @@ class Progress(Protocol):
         """A part of the work with `total` units; the function it gives is told how many more are done."""
         ...
 
+    def show(self, what: Any) -> None:
+        """Something to read while the work goes on: text, or a table of Rich's."""
+        ...
+
 
 class SilentProgress:
     """A `Progress` that shows nothing."""
@@ -23,6 +27,9 @@ class SilentProgress:
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: None
+
+    def show(self, what: Any) -> None:
+        pass
 
 
 SILENT = SilentProgress()

@@ -69,7 +69,7 @@ def load_plan(file: Path, overrides: Sequence[str] = (), seeds: Sequence[int] = 
     data = read_yaml(file)
     if unknown := [key for key in data if key not in _KEYS]:
         raise UserError(f"{file}: unknown key {unknown[0]}; a sweep has {', '.join(_KEYS)}")
-    settings = data.get("settings") or {}
+    settings = data.get("settings") or {}  # of all variants
     if not isinstance(settings, dict):
         raise UserError(f"{file}: settings must hold `key: value` lines")
     chosen = list(seeds) or data.get("seeds") or [0]
@@ -86,7 +86,11 @@ def load_plan(file: Path, overrides: Sequence[str] = (), seeds: Sequence[int] = 
     for seed, (name, changes) in product(chosen, variants.items()):
         try:
             settled = load_config(
-                preset, file.parent / config if config else None, overrides, settings, {**changes, "seed": seed}
+                preset,
+                file.parent / config if config else None,
+                overrides,
+                {"logging.samples": 0, **settings},
+                {**changes, "seed": seed},
             )
         except UserError as error:
             raise UserError(f"{file}, variant {name}: {error}") from error
