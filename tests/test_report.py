@@ -359,9 +359,15 @@ def test_the_command_writes_the_report_and_prints_where(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_reported_is_refused_in_one_line(tmp_path: Path, words: str, message: str) -> None:
-    files = {"empty/a.txt": "", "begun/config.yaml": "rounds: 1\n", "begun/trajectories/base.evaluation.jsonl": "", "faulty/sweep.json": "{", "other/sweep.json": "{}"}
+    files = {
+        "empty/a.txt": "",
+        "begun/config.yaml": "rounds: 1\n",
+        "begun/trajectories/base.evaluation.jsonl": "",
+        "faulty/sweep.json": "{",
+        "other/sweep.json": "{}",
+    }
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     shown = console("report", *words.split(), cwd=tmp_path)
     assert shown.returncode == 2 and shown.stdout == ""

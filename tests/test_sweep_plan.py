@@ -30,7 +30,7 @@ def test_variants_and_seeds_make_one_run_each_seed_by_seed(tmp_path: Path) -> No
         (name, seed, f"runs/{name}/seed-{seed}") for seed in (4, 2) for name in "abc"
     ]
     assert plan.runs[1].config == load_config(
-        "demo", None, ["seed=4", "grpo.steps=3", "ofsd.clip=0.1", "ofsd.rollouts=3"]
+        "demo", None, ["seed=4", "grpo.steps=3", "ofsd.clip=0.1", "ofsd.rollouts=3", "logging.samples=0"]
     )
     assert not plan.runs[3].config.ofsd.enabled and plan.runs[3].config.seed == 2
 
