@@ -180,8 +180,9 @@ def write_sweep(
         figures = {"em_mean": 0.795, "em_ci95": [0.6, 0.85], "em_diff": 0.0, "p_value": None, "p_holm": None}
         if place:
             figures = {"em_mean": 0.695, "em_ci95": None, "em_diff": -0.1, "p_value": 0.031, "p_holm": 0.062}
+            figures["p_test"] = "paired t-test over seeds"
         figures |= {"searches_mean": 2.0, "seconds": 71.0, "updates": 13}
-        variants.append({"name": title, "seeds": [0, 1], **figures, "runs": runs})
+        variants.append({"name": title, "title": f"{title}!", "seeds": [0, 1], **figures, "runs": runs})
     sweep = {"name": name, "baseline": "default", "seeds": [0, 1], "variants": variants}
     (folder / "sweep.json").write_text(json.dumps(sweep), encoding="utf-8")
     return folder

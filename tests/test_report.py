@@ -298,9 +298,10 @@ def test_a_sweep_shows_its_variants_runs_and_what_failed(tmp_path: Path) -> None
     sweep = write_sweep(tmp_path / "sweep", "<b>ablations</b>", "plain <i>teacher</i>", "no memory </td><script>")
     page = build_report(sweep)
     assert "&lt;b&gt;ablations&lt;/b&gt;</h1>" in page and "<i>" not in page and "no memory &lt;/td&gt;" in page
+    assert "p is of a paired t-test over seeds." in page
     row = re.search(r'<th scope="row">plain &lt;i&gt;teacher&lt;/i&gt;</th>(.*?)</tr>', page)[1]
     assert re.findall(r"<td>(.*?)</td>", row) == [
-        "2", "0.695", "-", "-0.100", "0.031", "0.062", "2.00", "13", "1 min 11 s",
+        "plain &lt;i&gt;teacher&lt;/i&gt;!", "2", "0.695", "-", "-0.100", "0.031", "0.062", "2.00", "13", "1 min 11 s",
     ]  # fmt: skip
     assert "3 of 4 runs done, 1 failed" in page and "open</a>" not in page and "<script" not in page
     assert re.findall(r'<figure class="card" id="chart-(\w+)"', page) == [

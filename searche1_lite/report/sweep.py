@@ -77,18 +77,24 @@ def _cell(text: object) -> str:
 def _remarks(variants: list[dict[str, Any]]) -> list[str]:
     if not any(number(variant, "p_value") is not None for variant in variants):
         return []
-    return ["Differences are paired by seed with the baseline; p (Holm) allows for the number of variants compared."]
+    tests = sorted({str(v["p_test"]) for v in variants if v.get("p_test")})
+    return [
+        "Differences are paired by seed with the baseline; p (Holm) allows for the number of variants compared."
+        + (f" p is of a {', or of a '.join(tests)}." if tests else "")
+    ]
 
 
 def _variant_table(sweep: dict[str, Any]) -> str:
     columns = (
-        "variant", "seeds", "EM", "95% interval", "EM − baseline", "p", "p (Holm)", "searches", "updates", "time a run",
+        "variant", "what it is", "seeds", "EM", "95% interval", "EM − baseline", "p", "p (Holm)", "searches", "updates",
+        "time a run",
     )  # fmt: skip
     rows = []
     for variant in sweep["variants"]:
         baseline = variant["name"] == sweep.get("baseline")
         cells = [
             variant["name"] + (" (baseline)" if baseline else ""),
+            str(variant.get("title") or ""),
             str(len(variant.get("seeds") or [])),
             _form(variant, "em_mean", "{:.3f}"),
             interval_text(variant, "em_ci95"),
