@@ -70,9 +70,8 @@ def train(
     from rich.console import Console
 
     Console().print(stage_table(summary))
-    from searche1_lite.report import write_report
-
-    typer.echo(f"run: {folder_path}\nreport: {write_report(folder_path)}", err=True)
+    _say(f"run: {folder_path}")
+    _write_report(folder_path)
 
 
 @app.command("eval")
@@ -219,6 +218,19 @@ def _prepare_search(search: "SearchConfig", yes: bool) -> None:
     open_retriever(search, confirm=confirmation(yes), progress=RichTasks(), say=_say)
 
 
+def _write_report(folder: Path) -> None:
+    """At the end of a run or a sweep, which is complete whether its report can be written or not."""
+    from searche1_lite.report import write_report
+
+    try:
+        _say(f"report: {write_report(folder)}")
+    except Exception as error:
+        if os.environ.get("SEARCHE1_LITE_DEBUG"):
+            raise
+        reason = " ".join(str(error).split())
+        _say(f"the report could not be written ({type(error).__name__}: {reason}); all else is; see `report {folder}`")
+
+
 def _say(line: str) -> None:
     typer.echo(line, err=True)
 
@@ -328,9 +340,8 @@ def sweep(
         from searche1_lite.console import sweep_table
 
         Console().print(sweep_table(result))
-    from searche1_lite.report import write_report
-
-    _say(f"sweep: {folder}\nreport: {write_report(folder)}")
+    _say(f"sweep: {folder}")
+    _write_report(folder)
     if any(run["state"] == "failed" for row in result["variants"] for run in row["runs"]):
         raise typer.Exit(1)
 

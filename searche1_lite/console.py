@@ -30,14 +30,16 @@ class RichTasks:
         if not self._console.is_terminal:
             began = time.monotonic()
             yield lambda count: None
-            self._console.print(f"{name}: {total} in {time.monotonic() - began:.0f} s", soft_wrap=True, highlight=False)
+            self._console.print(
+                f"{name}: {total} in {time.monotonic() - began:.0f} s", soft_wrap=True, highlight=False, markup=False
+            )
             return
         columns = (
             TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
         with RichProgress(*columns, console=self._console) as bars:
-            bar = bars.add_task(name, total=total)
+            bar = bars.add_task(escape(name), total=total)
             yield lambda count: bars.advance(bar, count)
 
     def show(self, what: Any) -> None:

@@ -1,7 +1,9 @@
 """Metrics of a set of episodes, with confidence intervals. Pure functions of trajectories, or of what they came to."""
 
+import re
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,22 +76,29 @@ def outcome(trajectory: Trajectory, seconds: float | None = None) -> Outcome:
     )
 
 
-def holds_gold(passages: Iterable[Passage], golds: Sequence[str]) -> bool | None:
-    """Does a gold answer stand, word for word, in a passage's title or its text? Both normalised as for exact match.
+def holds_gold(passages: Sequence[Passage], golds: Sequence[str]) -> bool | None:
+    """Does a gold answer stand, word for word, in a passage's title or its text?
+
+    Both normalised as for exact match, or both split into words at whatever is neither letter nor digit: "Nolan's" and
+    "Anglo-French" hold "Nolan" and "French", and "1,200" holds "1200".
 
     The whole passage counts, also what `max_document_tokens` may have cut off. None where every gold answer is yes, no
     or nothing once normalised: no passage can tell then.
     """
-    told = {normalize_answer(gold) for gold in golds} - _UNTELLING
-    if not told:
+    telling = [gold for gold in golds if normalize_answer(gold) not in _UNTELLING]
+    if not telling:
         return None
-    wanted = [f" {gold} " for gold in told]
-    return any(
-        gold in text
-        for passage in passages
-        for text in (f" {normalize_answer(passage.title)} ", f" {normalize_answer(passage.text)} ")
-        for gold in wanted
-    )
+    for split in (normalize_answer, _words):
+        wanted = [f" {gold} " for gold in map(split, telling) if gold]
+        for passage in passages:
+            texts = (f" {split(passage.title)} ", f" {split(passage.text)} ")
+            if any(gold in text for text in texts for gold in wanted):
+                return True
+    return False
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower()))
 
 
 def evaluate(trajectories: Sequence[Trajectory], seed: int) -> dict[str, Any]:
@@ -190,7 +199,7 @@ def _scores(outcomes: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
     return _question_means(outcomes, "em"), _question_means(outcomes, "f1")
 
 
-def _question_means(outcomes: Iterable[Outcome], key: str) -> np.ndarray:
+def _question_means(outcomes: Sequence[Outcome], key: str) -> np.ndarray:
     """(n,) means of `key` over each question's episodes, by first appearance."""
     by_question: dict[str, list[float]] = defaultdict(list)
     for item in outcomes:

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from searche1_lite.benchmarks import data_set_of
+from searche1_lite.errors import UserError
 from searche1_lite.evaluate import Outcome, outcome, summarize
 from searche1_lite.evaluation_folder import EvaluationFolder
 from searche1_lite.evolve import Run
@@ -34,7 +35,10 @@ def run_evaluation(
         UserError: for a question that exceeds the prompt budget, before the first is answered; as `folder.start` does.
     """
     check_questions(method, questions, work.protocol)
-    outcomes = [Outcome(**record) for record in folder.start()] if folder else []
+    try:
+        outcomes = [Outcome(**record) for record in folder.start()] if folder else []
+    except TypeError as error:
+        raise UserError(f"{folder.path} does not fit this version ({error}); choose another --out") from error
     at_once = BATCHES_AT_ONCE * work.engine.batch_size
     for name, group in groupby(questions, data_set_of):
         asked = list(group)

@@ -1,7 +1,7 @@
 """An evaluation's folder: what is in it, and how an evaluation goes on from it.
 
     config.yaml          the settings, and under `evaluation` what was asked: method, adapter, data
-    trajectories.jsonl   a line an episode, for the report
+    trajectories.jsonl   a line an episode: all that was written, asked and found
     questions.jsonl      a line a question, once it is answered
     result.json          the figures, once all are
 
@@ -44,11 +44,12 @@ class EvaluationFolder:
         self.path = path
         self._config, self._asked, self._ids = config, asked, [question.id for question in questions]
         if (path / "config.yaml").is_file():
+            settings, there = _read(path)
             if not resume:
                 raise UserError(
                     f"{path} is not empty; add --resume to go on with what is there, or choose another --out"
                 )
-            _check_same(path, config, asked)
+            _check_same(path, _what_counts(settings) | there, _what_counts(config) | asked)
         elif path.is_dir() and any(path.iterdir()):
             raise UserError(f"{path} is not empty and holds no evaluation; choose another --out")
         elif not (nearest := next(place for place in (path, *path.absolute().parents) if place.exists())).is_dir():
@@ -148,23 +149,31 @@ def _digest(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
-def _check_same(path: Path, config: Config, asked: dict[str, Any]) -> None:
+def _read(path: Path) -> tuple[Config, dict[str, Any]]:
+    """The settings of the evaluation that is there, and what it asks beside them."""
     file = path / "config.yaml"
     try:
         saved = yaml.safe_load(file.read_text(encoding="utf-8"))
-        there = saved.pop("evaluation")
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError) as error:
-        raise UserError(f"{path} holds no evaluation; choose another --out") from error
+        there = dict(saved.pop("evaluation"))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not empty and holds no evaluation; choose another --out") from error
     try:
-        settings = parse_config(saved)
+        return parse_config(saved), there
     except UserError as error:
         raise UserError(f"{file} does not fit this version ({error}); choose another --out") from error
-    ours, theirs = flatten(config) | asked, flatten(settings) | there
-    different = [key for key in ours if key != "adapter" and ours[key] != theirs.get(key)]
-    if {"data", "questions"} & set(different):
-        different.remove("questions_digest")
+
+
+def _what_counts(config: Config) -> dict[str, Any]:
+    """The settings that answers depend on: those of training do not."""
+    sections = ("seed", "model.", "search.", "protocol.", "engine.")
+    return {key: value for key, value in flatten(config).items() if key.startswith(sections)}
+
+
+def _check_same(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
+    told_by_content = ("adapter", "data", "questions")  # the same one may be named otherwise
+    different = [key for key in now if key not in told_by_content and now[key] != there.get(key)]
     if different:
-        shown = ", ".join(_tell(key, theirs, ours) for key in different[:3])
+        shown = ", ".join(_tell(key, there, now) for key in different[:3])
         raise UserError(f"{path} holds another evaluation: {shown}; use what it has, or choose another --out")
 
 
@@ -174,7 +183,10 @@ def _tell(key: str, there: dict[str, Any], now: dict[str, Any]) -> str:
             return f"the adapter {now['adapter']} has changed since"
         key = "adapter"
     if key == "questions_digest":
-        return "the questions have changed since"
+        changed = [name for name in ("data", "questions") if there.get(name) != now[name]]
+        if not changed:
+            return "the questions have changed since"
+        key = changed[0]
     return f"{key} ({there.get(key)!r} there, {now[key]!r} now)"
 
 

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from searche1_lite.samples import one_line
+
 
 def print_evaluation(result: dict[str, Any]) -> None:
     """On stdout; as wide as the table where no terminal says how wide it may be."""
@@ -30,7 +32,7 @@ def evaluation_parts(result: dict[str, Any]) -> list[Table | str]:
     sets = result.get("by_data_set", {})
     rows = sets if len(sets) > 1 else {result["data"]: result}
     for name, figures in rows.items():
-        table.add_row(escape(name), *_cells(figures))
+        table.add_row(_shown(name), *_cells(figures))
     if len(sets) > 1:
         table.add_section()
         table.add_row("all questions", *_cells(result))
@@ -41,10 +43,15 @@ def evaluation_parts(result: dict[str, Any]) -> list[Table | str]:
     parts: list[Table | str] = [table]
     for name, figures in rows.items():
         if by_hops := figures.get("em_by_hops"):
-            told = ", ".join(f"{hops}: {em:.3f}" for hops, em in by_hops.items())
-            parts.append(escape(f"EM by hops, {name}: {told}"))
-    spent = f"{result['tokens_per_answer']:.0f} tokens and {result['seconds_per_question']:.2g} s a question"
+            told = ", ".join(f"{_shown(hops)}: {em:.3f}" for hops, em in by_hops.items())
+            parts.append(f"EM by hops, {_shown(name)}: {told}")
+    spent = f"{result['tokens_per_answer']:.0f} tokens and {result['seconds_per_question']:.2f} s a question"
     return [*parts, _misses(result["misses"]), spent]
+
+
+def _shown(name: str) -> str:
+    """A name from a question file, which can neither format nor steer the terminal."""
+    return escape(one_line(str(name), 40))
 
 
 def _cells(figures: dict[str, Any]) -> list[str]:

@@ -183,6 +183,7 @@ def run(
         if (unevaluated := summary.pop("unevaluated", None)) is not None:
             measure(unevaluated)
         folder.save_summary(summary)
+        report_evaluations(config, folder.path, summary["stages"])  # one may have been lost with the last session
     else:
         folder.rewind(0)
     if not summary["stages"]:

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from searche1_lite.checkpoint import write_atomically
 from searche1_lite.config import Config, LoggingConfig
 from searche1_lite.errors import UserError
+from searche1_lite.search.progress import say_on_stderr
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -145,6 +146,27 @@ class Tracked:
                 trackio.finish()
 
 
+@contextmanager
+def _closing(opened: AbstractContextManager[Any]) -> Iterator[Any]:
+    """`opened`, whose failure to close costs a line: what was trained in it must still be saved."""
+    value = opened.__enter__()
+    try:
+        yield value
+    except BaseException:
+        with suppress(Exception):  # what happened first is what is told
+            opened.__exit__(*sys.exc_info())
+        raise
+    try:
+        opened.__exit__(None, None, None)
+    except Exception as error:
+        _say_lost(error)
+
+
+def _say_lost(error: Exception) -> None:
+    reason = (str(error).strip().splitlines() or ["no message"])[0]
+    say_on_stderr(f"a tracker failed, and may lack figures that the run's folder has: {type(error).__name__}: {reason}")
+
+
 def reporting_arguments(tracked: Tracked | None) -> dict[str, Any]:
     """The Trainer's arguments that have to do with reporting; None: it reports to nobody."""
     if tracked is None or not tracked.report_to:
@@ -168,7 +190,7 @@ def reporting(trainer: "Trainer", tracked: Tracked | None) -> Iterator[None]:
         return
     from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
-    with tracked.opened() as writer:
+    with _closing(tracked.opened()) as writer:
         for kind in get_reporting_integration_callbacks(tracked.report_to):
             callback = trainer.pop_callback(kind)
             if isinstance(callback, TensorBoardCallback):
@@ -188,7 +210,13 @@ def report_evaluations(config: Config, folder: Path, stages: Sequence[dict[str, 
     tracked = Tracked(config, folder, EVALUATION)
     if not tracked.report_to:
         return
-    points = [{f"eval/{name}": value for name, value in figures_of(stage).items()} for stage in stages]
+    try:
+        _report_points(tracked, [{f"eval/{name}": value for name, value in figures_of(s).items()} for s in stages])
+    except Exception as error:  # the run matters more; they are told again with the next evaluation
+        _say_lost(error)
+
+
+def _report_points(tracked: Tracked, points: Sequence[dict[str, float]]) -> None:
     with tracked.opened() as writer:
         if "trackio" in tracked.report_to:
             import trackio

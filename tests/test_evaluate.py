@@ -100,6 +100,27 @@ def test_a_passage_holds_a_gold_answer_word_for_word(golds: list[str], held: boo
     assert holds_gold([Passage("0", "Quito", "Elsewhere"), PERU], golds) is held
 
 
+@pytest.mark.parametrize(
+    ("text", "gold", "held"),
+    [
+        ("Nolan's brother", "Nolan", True),
+        ("Christopher Nolan’s film", "Nolan", True),
+        ("the song “Yesterday”.", "Yesterday", True),
+        ("the war of 1939–1945", "1939", True),
+        ("an Anglo-French force", "French", True),
+        ("Paris/London", "Paris", True),
+        ("about 1,200 people", "1200", True),
+        ("about 1,200 people", "1,200", True),
+        ("the U.S. army", "US", True),
+        ("Ｐａｒｉｓ", "Paris", True),
+        ("in Parish", "Paris", False),
+        ("the", "The", None),
+    ],
+)
+def test_punctuation_neither_hides_nor_makes_a_gold_answer(text: str, gold: str, held: bool | None) -> None:
+    assert holds_gold([Passage("1", "", text)], [gold]) is held
+
+
 def test_nothing_found_holds_no_gold_answer() -> None:
     assert holds_gold([], ["Lima"]) is False
 

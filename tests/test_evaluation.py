@@ -242,7 +242,8 @@ finally:
             ["--out", "whole", "--resume", "--adapter", "adapter"],
             "whole holds another evaluation: adapter (None there, ",
         ),
-        (["--out", "train", "--resume"], "train holds no evaluation; choose another --out"),
+        (["--out", "train", "--resume"], "train is not empty and holds no evaluation; choose another --out"),
+        (["--out", "train"], "train is not empty and holds no evaluation; choose another --out"),
         (["--out", "notes"], "notes is not empty and holds no evaluation; choose another --out"),
         (["--out", "notes", "--resume"], "notes is not empty and holds no evaluation; choose another --out"),
         (["--out", "own.jsonl"], "cannot write to own.jsonl: own.jsonl is a file; choose another --out"),
@@ -263,6 +264,17 @@ def test_what_does_not_fit_the_folder_is_refused_in_one_line(desk: Path, words: 
     assert (shown.returncode, shown.stdout) == (2, "") and shown.stderr.count("\n") == 1
     assert shown.stderr.startswith(f"error: {message}")
     assert {path: path.read_bytes() for path in desk.rglob("*") if path.is_file()} == before
+
+
+def test_the_same_questions_under_another_name_are_the_same_evaluation(tmp_path: Path) -> None:
+    config, questions = load_config("demo"), load_questions("demo:dev", "test", 4, 0)
+    EvaluationFolder(tmp_path / "e", config, describe("agent", None, "demo:dev", questions), questions, False).start()
+    again = describe("agent", None, "./mine.jsonl", questions)
+    EvaluationFolder(tmp_path / "e", config, again, questions, True)
+    other = load_config("demo", None, ["grpo.steps=3", "logging.samples=0"])
+    EvaluationFolder(tmp_path / "e", other, again, questions, True)  # training's settings change no answer
+    with pytest.raises(UserError, match=r"engine.temperature \(1.0 there, 0.5 now\)"):
+        EvaluationFolder(tmp_path / "e", load_config("demo", None, ["engine.temperature=0.5"]), again, questions, True)
 
 
 def test_an_adapter_or_questions_that_changed_in_place_are_noticed(tmp_path: Path) -> None:

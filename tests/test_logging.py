@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +25,14 @@ from searche1_lite.console import RichTasks
 from searche1_lite.errors import UserError
 from searche1_lite.samples import choose_samples, is_due, one_line, sample_table
 from searche1_lite.search.base import Passage
-from searche1_lite.tracking import Tracked, check_trackers, figures_of, report_evaluations, reporting_arguments
+from searche1_lite.tracking import (
+    Tracked,
+    _closing,
+    check_trackers,
+    figures_of,
+    report_evaluations,
+    reporting_arguments,
+)
 from searche1_lite.trajectory import Question, Search, Trajectory, Turn
 
 SETTINGS = [
@@ -147,6 +155,20 @@ def tracked_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert all(shown.stderr.count(title) == 1 for title in titles)
     assert "reward" not in shown.stdout and "\x1b" not in shown.stderr, "tables go to stderr, as plain text"
     return folder / "run"
+
+
+def test_a_tracker_that_fails_at_a_stages_end_costs_a_line_and_not_the_stage(capsys: pytest.CaptureFixture) -> None:
+    class Failing(ExitStack):
+        def __exit__(self, *details: object) -> None:
+            super().__exit__(*details)
+            raise OSError("connection lost\nand more")
+
+    with _closing(Failing()) as opened:
+        assert isinstance(opened, Failing)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "OSError: connection lost" in told
+    with pytest.raises(ValueError, match="in the stage"), _closing(Failing()):
+        raise ValueError("in the stage")
 
 
 @pytest.mark.parametrize("stage", ["grpo", "ofsd"])

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 from report_run import STAGES, Texts, is_right, rollouts, token_kl, trajectory, write_lines, write_run, write_sweep
 
+from searche1_lite.config import dump_config, load_config
 from searche1_lite.errors import UserError
 from searche1_lite.report import build_report, write_report
 from searche1_lite.report.escaping import escape, script_json, visible
 from searche1_lite.report.record import read_run
+from searche1_lite.report.run_charts import grouped
 from searche1_lite.report.svg import draw
 from searche1_lite.report.trajectories import parts_of, read_trajectories, stage_order
 
@@ -67,7 +69,7 @@ def test_every_trajectory_is_in_the_index_and_whole_in_its_chunk(run: Path) -> N
     ofsd = next(i for i, f in enumerate(index["files"]) if (f["stage"], f["kind"]) == ("round1.ofsd", "rollouts"))
     group = next(g for g in index["groups"] if g["file"] == ofsd and g["id"] == "train-3")
     assert group["question"] == "What is the capital of Peru? (3)" and group["hops"] == "1"
-    assert group["rows"] == [[0, 1.0, 1, "Lima"], [1, 1.0, 2, "Lima"], [2, 1.0, 3, "Lima"], [3, 0.0, 1, "Quito"]]
+    assert group["rows"] == [[0, 1.0, 1], [1, 1.0, 2], [2, 1.0, 3], [3, 0.0, 1]]
     chunk = chunks[group["chunk"]]
     found = chunk["groups"][group["place"]]
     assert found["golds"] == ["Lima"] and [t["sample"] for t in found["trajectories"]] == [0, 1, 2, 3]
@@ -262,6 +264,8 @@ def test_tokens_belong_to_the_part_of_the_text_they_stand_in() -> None:
     assert parts_of(pieces) == [
         "tags", "think", "think", "think", "tags", "other", "tags", "search", "tags", "tags",
     ]  # fmt: skip
+    unclosed = ["<think>", " hm", "<search>", " q", "</search>"]
+    assert parts_of(unclosed) == ["tags", "think", "tags", "search", "tags"], "a thought without its end ends there"
     assert parts_of(["<answer>", " Li", "ma"]) == ["tags", "answer", "answer"], "also without its end"
 
 
@@ -320,6 +324,64 @@ def test_a_sweep_with_its_runs_reports_links_them_wherever_it_lies(tmp_path: Pat
     (tmp_path / "elsewhere").mkdir()
     moved = write_report(sweep, tmp_path / "elsewhere" / "sweep.html").read_text()
     assert 'href="./../sweep/v1/seed%200/report.html"' in moved
+
+
+def test_a_sweeps_stages_stand_in_their_order_and_are_means_over_the_same_runs(tmp_path: Path) -> None:
+    """A baseline of GRPO alone names stages first that come late; a run that is cut off has fewer."""
+    stages = {
+        "grpo": [["base", "round1.grpo", "round2.grpo", "round3.grpo"], ["base", "round1.grpo", "round2.grpo"]],
+        "ofsd": [["base", "round1.grpo", "round1.ofsd", "round2.grpo"]] * 2,
+    }
+    variants = []
+    for variant, of_runs in stages.items():
+        runs = []
+        for seed, names in enumerate(of_runs):
+            folder = tmp_path / variant / str(seed)
+            folder.mkdir(parents=True)
+            shown = [{"name": name, "em": 0.1 * place + 0.01 * seed} for place, name in enumerate(names)]
+            (folder / "summary.json").write_text(json.dumps({"stages": shown}))
+            runs.append({"seed": seed, "folder": f"{variant}/{seed}", "state": "done", "em": 0.5, "searches": 2.0})
+        variants.append({"name": variant, "em_mean": 0.5, "runs": runs})
+    sweep = {"name": "s", "baseline": "grpo", "seeds": [0, 1], "variants": variants}
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    figure = re.search(r'id="chart-stages".*?</figure>', build_report(tmp_path), re.DOTALL)[0]
+    table = re.search(r"<table.*?</table>", figure, re.DOTALL)[0]
+    assert re.findall(r"<t[hd](?: [^>]*)?>(.*?)</t[hd]>", table) == [
+        "variant", "base", "round1.grpo", "round1.ofsd", "round2.grpo",
+        "grpo", "0.005", "0.105", "-", "0.205",
+        "ofsd", "0.005", "0.105", "0.205", "0.305",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "count", "said"),
+    [
+        ([], 3, "3 of 5 stages done"),
+        ([], 5, ""),
+        (["rounds=9", "budget.updates=20"], 5, ""),
+        (["rounds=9", "budget.updates=21"], 5, "5 stages done"),
+    ],
+)
+def test_a_run_is_called_unfinished_while_a_stage_is_to_come(
+    tmp_path: Path, settings: list[str], count: int, said: str
+) -> None:
+    names = ["base", "round1.grpo", "round1.ofsd", "round2.grpo", "round2.ofsd"][:count]
+    stages = [{"name": name, "em": 0.5, "seconds": 1.0, "steps": 0 if name == "base" else 5} for name in names]
+    (tmp_path / "trajectories").mkdir()
+    (tmp_path / "config.yaml").write_text(dump_config(load_config("demo", None, settings)))
+    (tmp_path / "summary.json").write_text(json.dumps({"stages": stages}))
+    page = build_report(tmp_path)
+    assert f"{said}: the run is going on, or was stopped" in page if said else "going on" not in page
+
+
+def test_a_series_that_begins_late_has_its_name_in_the_legend() -> None:
+    stages = [
+        {"name": "round1.ofsd", "kl": {"pairs": 0.2, "plain": 0.0}},
+        {"name": "round2.ofsd", "kl": {"pairs": 0.1, "plain": 0.0, "foreign": 0.3}},
+    ]
+    series = {"pairs": "own", "plain": "none", "foreign": "another's"}
+    chart = grouped("kl", "KL", stages, ("kl",), series, "nats")
+    assert chart is not None and ">another's</text>" in chart.svg.replace("\n", "")
 
 
 def test_a_sweep_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
@@ -387,7 +449,7 @@ def test_reporting_loads_no_torch(run: Path) -> None:
 
 def test_figures_of_a_run_come_from_its_files(run: Path) -> None:
     record = read_run(run)
-    assert record.expected_stages == 3 and [stage["name"] for stage in record.stages] == STAGES
+    assert record.unfinished == "" and [stage["name"] for stage in record.stages] == STAGES
     assert len(record.steps) == 13 and record.changed_settings["seed"] == (7, 0) and not record.notes
     with pytest.raises(UserError, match="there is no folder"):
         build_report(run / "missing")

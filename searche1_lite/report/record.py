@@ -8,6 +8,7 @@ from typing import Any
 
 from searche1_lite.config import Config, flatten, load_config
 from searche1_lite.errors import UserError
+from searche1_lite.schedule import next_stage
 
 
 @dataclass
@@ -34,11 +35,17 @@ class RunRecord:
         return {key: (value, defaults[key]) for key, value in flatten(self.config).items() if value != defaults[key]}
 
     @property
-    def expected_stages(self) -> int | None:
-        """How many stages the run has when it is done."""
+    def unfinished(self) -> str:
+        """What is said of a run with stages to come; "" for one that is done, or whose settings are not known."""
         if self.config is None:
-            return None
-        return 1 + self.config.rounds * (2 if self.config.ofsd.enabled else 1)
+            return ""
+        kept = [s for s in self.summary.get("stages") or [] if isinstance(s, dict) and {"name", "seconds"} <= s.keys()]
+        if kept and next_stage(self.config, kept) is None:
+            return ""
+        rounds, kinds = self.config.rounds, 2 if self.config.ofsd.enabled else 1
+        limited = self.config.budget.updates or self.config.budget.seconds
+        of = "" if limited else f" of {1 + rounds * kinds}"
+        return f"{len(self.stages)}{of} stages done: the run is going on, or was stopped"
 
 
 def is_run(folder: Path) -> bool:

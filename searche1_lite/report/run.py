@@ -23,7 +23,7 @@ def build_run_report(folder: Path) -> str:
         sections["trajectories"] = "Trajectories"
     if run.changed_settings:
         sections["settings"] = "Settings"
-    body = [header("searche1-lite run", run.name, _facts(run), sections, _state(run)), "<main>"]
+    body = [header("searche1-lite run", run.name, _facts(run), sections, run.unfinished), "<main>"]
     if run.stages:
         body.append(section("stages", "Stages", tiles(_tiles(run)), _stage_table(run, trajectories.files)))
     if charts:
@@ -55,13 +55,6 @@ def _facts(run: RunRecord) -> dict[str, object]:
         "trained on": data("training"),
         "evaluated on": data("evaluation"),
     }
-
-
-def _state(run: RunRecord) -> str:
-    expected = run.expected_stages
-    if expected is None or len(run.stages) >= expected:
-        return ""
-    return f"{len(run.stages)} of {expected} stages done: the run is going on, or was stopped"
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:

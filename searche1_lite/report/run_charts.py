@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -99,7 +100,7 @@ def lines_by_stage(
         return None
 
     def plot(axes: Axes) -> None:
-        for colour, (name, values) in zip(SERIES, found.items(), strict=False):
+        for colour, (name, values) in zip(cycle(SERIES), found.items(), strict=False):
             points = [
                 (index, value, f"{names[index]}, {name}: {form.format(value)}")
                 for index, value in enumerate(values)
@@ -188,11 +189,12 @@ def _bars(
 ) -> None:
     """Bars side by side, a group a stage."""
     width = 0.8 / max(1, len(series))
-    for place, (colour, (name, values)) in enumerate(zip(SERIES, series.items(), strict=False)):
+    for place, (colour, (name, values)) in enumerate(zip(cycle(SERIES), series.items(), strict=False)):
+        first = next((index for index, value in enumerate(values) if value is not None), None)
         for index, value in enumerate(values):
             if value is not None:
                 x = index + (place - (len(series) - 1) / 2) * width
-                [bar] = axes.bar([x], [value], width * 0.92, color=colour, label=name if index == 0 else None)
+                [bar] = axes.bar([x], [value], width * 0.92, color=colour, label=name if index == first else None)
                 tip(bar, f"{groups[index]}, {name}: {say(value)}")
                 axes.annotate(
                     say(value), (x, value), (0, 2), textcoords="offset points", ha="center", fontsize=10, color=INK
@@ -263,7 +265,7 @@ def spread_chart(files: list[TrajectoryFile]) -> Chart | None:
 
 def kl_parts_chart(trajectories: Trajectories) -> Chart | None:
     """Where in the students' text the teacher disagrees."""
-    stages = trajectories.kl_by_part
+    stages = dict(list(trajectories.kl_by_part.items())[-len(SERIES) :])
     parts = [p for p in ("think", "search", "answer", "tags", "other") if any(p in found for found in stages.values())]
     if not parts:
         return None
@@ -282,6 +284,7 @@ def kl_parts_chart(trajectories: Trajectories) -> Chart | None:
         axes.set_ylabel("nats a token")
 
     note = "Mean KL of the watched students' tokens, by the part of the text they stand in."
+    note += " The last stages only." if len(stages) < len(trajectories.kl_by_part) else ""
     return draw("kl-parts", "Where self-distillation teaches", labelled, ("part", *means), rows, note)
 
 

@@ -15,6 +15,7 @@ from searche1_lite.report.page import cards, header, notes, page, section, table
 from searche1_lite.report.record import interval, interval_text, is_run, number, read_summary, seconds_text, stages_of
 from searche1_lite.report.run_charts import stage_labels
 from searche1_lite.report.svg import GRID, INK, MUTED, SERIES, Chart, draw, label, tip
+from searche1_lite.report.trajectories import stage_order
 
 _DASHES = ("-", "--", ":", "-.")
 
@@ -253,19 +254,21 @@ def _searches_chart(variants: list[dict[str, Any]]) -> Chart | None:
 
 
 def _stages_chart(variants: list[dict[str, Any]], folder: Path) -> Chart | None:
-    """Each stage's EM, the mean over the seeds that have come so far."""
+    """Each stage's EM, the mean over the runs that are done; a stage that some of them never had is left out."""
     means: dict[str, dict[str, float]] = {}
     for variant in variants:
         ems: dict[str, list[float]] = {}
-        for run in variant["runs"]:
+        done = [run for run in variant["runs"] if run.get("state") == "done"] or variant["runs"]
+        for run in done:
             for stage in stages_of(read_summary(folder / run["folder"])):
                 if (em := number(stage, "em")) is not None:
                     ems.setdefault(stage["name"], []).append(em)
         if ems:
-            means[variant["name"]] = {stage: sum(values) / len(values) for stage, values in ems.items()}
+            most = max(map(len, ems.values()))
+            means[variant["name"]] = {s: sum(values) / most for s, values in ems.items() if len(values) == most}
     if not means:
         return None
-    stages = list(dict.fromkeys(stage for of_stage in means.values() for stage in of_stage))
+    stages = sorted({stage for of_stage in means.values() for stage in of_stage}, key=stage_order)
 
     def plot(axes: Axes) -> None:
         for place, (name, of_stage) in enumerate(means.items()):

@@ -50,7 +50,7 @@ class Trajectories:
     files: list[TrajectoryFile] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
     """The index, an entry a group: `file` (None for evaluations), `id`, `visit`, `question`, `hops`, `kl` (mean, in
-    nats, or None), `chunk`, `place`, `rows` ([file or sample, reward, searches, answer] a trajectory)."""
+    nats, or None), `chunk`, `place`, `rows` ([file or sample, reward, searches] a trajectory)."""
     chunks: list[str] = field(default_factory=list)
     kl_by_part: dict[str, dict[str, tuple[float, int]]] = field(default_factory=dict)
     """Stage -> part of the text -> (summed KL of the watched students' tokens, how many)."""
@@ -102,13 +102,13 @@ def read_trajectories(folder: Path, budget: int = BUDGET) -> Trajectories:
             question = group[0]["question"]
             if question["id"] in watched or _kept(question["id"], share):
                 mean = _attach_kl(group, kl, found.kl_by_part.setdefault(stage, {}))
-                rows = [[r["sample"], r["reward"], len(r["searches"]), r["answer"]] for r in group]
+                rows = [[r["sample"], r["reward"], len(r["searches"])] for r in group]
                 found.groups.append(_entry(question, index, visit, rows, mean) | packer.add(question, group))
         if not found.kl_by_part.get(stage):
             found.kl_by_part.pop(stage, None)
     for group in asked.values():
         question = group[0][1]["question"]
-        rows = [[index, r["reward"], len(r["searches"]), r["answer"]] for index, r in group]
+        rows = [[index, r["reward"], len(r["searches"])] for index, r in group]
         records = [record | {"file": index} for index, record in group]
         found.groups.append(_entry(question, None, 0, rows, None) | packer.add(question, records))
     found.chunks = packer.finish()
@@ -257,10 +257,9 @@ def _attach_kl(group: list[dict[str, Any]], kl: _TrajectoryKL, by_part: dict[str
 def parts_of(pieces: list[str]) -> list[str]:
     """For each token of a turn, the part of the text it stands in: `think`, `search`, `answer`, `tags` or `other`."""
     text = "".join(pieces)
-    spans: list[tuple[int, int, str]] = []
-    for match in re.finditer(r"<(think|search|answer)>(.*?)(?=</\1>|$)", text, re.DOTALL):
+    spans = [(match.start(), match.end(), "tags") for match in re.finditer(r"</?(?:think|search|answer)>", text)]
+    for match in re.finditer(r"<(think|search|answer)>(.*?)(?=<(?:search|answer)>|</\1>|$)", text, re.DOTALL):
         spans.append((match.start(2), match.end(2), match[1]))
-    spans += [(m.start(), m.end(), "tags") for m in re.finditer(r"</?(?:think|search|answer)>", text)]
     parts, position = [], 0
     for piece in pieces:
         middle = position + len(piece) // 2

@@ -10,7 +10,7 @@
 
   // As escaping.py: what would hide or reorder its surroundings is shown as what it is.
   const HIDDEN =
-    /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
+    /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
   const visible = (text) =>
     String(text).replace(HIDDEN, (character) => {
       const code = character.charCodeAt(0);
@@ -235,7 +235,7 @@
   // ---- one question
 
   const address = (group) =>
-    `#trajectory=${[files[state.file].name, group.id, group.visit].map(encodeURIComponent).join("/")}`;
+    `#trajectory=${[files[state.file].name, group.id, group.visit].map((part) => encodeURIComponent(String(part).toWellFormed())).join("/")}`;
 
   function select(group, byUser) {
     state.group = group;
