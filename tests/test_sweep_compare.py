@@ -5,7 +5,7 @@ from searche1_lite.sweep.compare import Outcome, compare, holm, paired_p, t_inte
 
 
 def done(variant: str, seed: int, em: float, correct: dict[str, float] | None = None, **figures: float) -> Outcome:
-    return Outcome(variant, seed, "done", em=em, searches=2.0, correct=correct or {}, **figures)
+    return Outcome(variant, seed, "done", em=em, correct=correct or {}, **({"searches": 2.0} | figures))
 
 
 def test_the_interval_is_students_over_seeds() -> None:
@@ -42,6 +42,19 @@ def test_seeds_that_all_differ_alike_are_tested_over_questions() -> None:
     same = [(done("a", seed, 1.0, right), done("b", seed, 1.0, right)) for seed in (1, 2)]
     assert paired_p(same) == (1.0, "sign test over questions")
     assert paired_p([]) == (None, None)
+
+
+def test_searches_are_compared_in_pairs_too() -> None:
+    outcomes = [
+        done(variant, seed, 0.5, searches=searches)
+        for variant, of_seeds in {"a": [2.1, 2.2, 2.15], "b": [2.0, 2.08, 2.0]}.items()
+        for seed, searches in enumerate(of_seeds)
+    ]
+    a, b = compare(outcomes, ["a", "b"], "a", {"a": "a", "b": "b"})
+    # Differences -.10 -.12 -.15: mean -.12333, standard error .014530, t = -8.488 with 2 degrees of freedom.
+    assert b["searches_diff"] == pytest.approx(-0.37 / 3)
+    assert b["searches_p"] == pytest.approx(2 * stats.t.sf(8.4885, 2), rel=1e-3)
+    assert (a["searches_diff"], a["searches_p"]) == (0.0, None)
 
 
 def test_holm_adjusts_the_smallest_most_and_never_turns_the_order_round() -> None:

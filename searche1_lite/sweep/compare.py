@@ -37,8 +37,9 @@ def compare(
     Returns:
         Of each: `name`, `title`, `seeds` (of the runs that are done), `em_mean`, `em_ci95` (95% t-interval over seeds;
         None for fewer than two), `searches_mean`, `em_diff` (mean over the seeds that the baseline has done too),
-        `p_value` (see `paired_p`), `p_test`, `p_holm` (p among all the variants compared, by Holm), `seconds` and
-        `updates` (means), and `runs`.
+        `p_value` (see `paired_p`), `p_test`, `p_holm` (p among all the variants compared, by Holm), `searches_diff`
+        and `searches_p` (paired t-test over seeds; None for fewer than two), `seconds` and `updates` (means), and
+        `runs`.
     """
     done = {name: {o.seed: o for o in outcomes if o.variant == name and o.state == "done"} for name in variants}
     rows = []
@@ -58,6 +59,8 @@ def compare(
                 "em_diff": _mean([ours.em - theirs.em for ours, theirs in pairs]),
                 "p_value": p_value,
                 "p_test": p_test,
+                "searches_diff": _mean([ours.searches - theirs.searches for ours, theirs in pairs]),
+                "searches_p": None if name == baseline else _t_test([(o.searches, t.searches) for o, t in pairs]),
                 "seconds": _mean([run.seconds for run in runs]),
                 "updates": _mean([run.updates for run in runs]),
                 "runs": [
@@ -93,10 +96,8 @@ def paired_p(pairs: Sequence[tuple[Outcome, Outcome]]) -> tuple[float | None, st
     """
     if not pairs:
         return None, None
-    differences = [ours.em - theirs.em for ours, theirs in pairs]  # type: ignore[operator]
-    if len(pairs) > 1 and max(differences) - min(differences) > 1e-9:
-        ours, theirs = ([pair[side].em for pair in pairs] for side in (0, 1))
-        return float(stats.ttest_rel(ours, theirs).pvalue), "paired t-test over seeds"
+    if (p := _t_test([(ours.em, theirs.em) for ours, theirs in pairs])) is not None:
+        return p, "paired t-test over seeds"
     by_question: dict[str, float] = {}
     for ours, theirs in pairs:
         for question in ours.correct.keys() & theirs.correct.keys():
@@ -107,6 +108,14 @@ def paired_p(pairs: Sequence[tuple[Outcome, Outcome]]) -> tuple[float | None, st
     if better + worse == 0:
         return 1.0, "sign test over questions"
     return float(stats.binomtest(better, better + worse).pvalue), "sign test over questions"
+
+
+def _t_test(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    """Two-sided p of Student's paired t-test; None where the differences do not vary."""
+    differences = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+    if len(differences) < 2 or max(differences) - min(differences) < 1e-9:
+        return None
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
