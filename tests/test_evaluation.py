@@ -166,6 +166,7 @@ class Ended(console.RichTasks):
                 os.kill(os.getpid(), signal.{signal})
         yield advance
 console.RichTasks = Ended
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell runs in the background
 cli.main()
 """
 

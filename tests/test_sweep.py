@@ -1,5 +1,6 @@
 """Whole sweeps on the demo, a step or two a stage, through the real command line."""
 
+import io
 import json
 import os
 import re
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from searche1_lite.config import load_config
+from searche1_lite.console import sweep_table
 from searche1_lite.errors import UserError
 from searche1_lite.sweep.plan import load_plan
 from searche1_lite.sweep.runs import check_room, run_sweep
@@ -211,11 +213,13 @@ def test_a_sweep_may_grow_but_not_change(folder: Path) -> None:
     assert [path.name for path in (folder / "other").iterdir()] == ["notes.txt"]
 
 
-def test_the_table_of_a_finished_sweep_is_printed_again(folder: Path) -> None:
-    shown = subprocess.run(
-        [sys.executable, "-m", "searche1_lite", "sweep", "mine.yaml", "--out", "whole", "--resume"],
-        capture_output=True, text=True, cwd=folder, env=environment() | {"COLUMNS": "80"},
-    )  # fmt: skip
-    assert "GRPO only (baseline)" in shown.stdout and "hopeless (0 of 2 runs, 2 failed)" in shown.stdout
-    assert max(map(len, shown.stdout.splitlines())) <= 80
-    assert load_config(file=folder / "whole" / "runs" / "plain" / "seed-2" / "config.yaml").seed == 2
+def test_the_table_says_what_is_missing_and_fits_a_terminal(whole: dict[str, Any]) -> None:
+    shown = {}
+    for width in (80, 120):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(sweep_table(whole))
+        shown[width] = console.file.getvalue()
+    assert "GRPO only (baseline)" in shown[120] and "hopeless (0 of 2 runs, 2 failed)" in shown[120]
+    assert max(map(len, shown[80].splitlines())) <= 80 and "baseline" in shown[80]
+    for row in whole["variants"]:
+        assert row["em_mean"] is None or all(f"{row['em_mean']:.3f}" in text for text in shown.values())

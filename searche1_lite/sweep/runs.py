@@ -7,6 +7,7 @@ takes only the run with it that it was at.
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import traceback
@@ -49,6 +50,7 @@ def run_sweep(plan: Plan, folder: Path, jobs: int, say: Callable[[str], None], r
     (folder / "shared").mkdir(parents=True, exist_ok=True)
     sweep = _Sweep(plan, folder, say)
     sweep.keep()
+    not_ours = multiprocessing.active_children()
     workers = [_worker(jobs) for _ in range(jobs)]
     at_work: dict[Future[None], tuple[PlannedRun, int]] = {}
     try:
@@ -72,7 +74,8 @@ def run_sweep(plan: Plan, folder: Path, jobs: int, say: Callable[[str], None], r
                 sweep.end(planned, error)
     finally:
         for process in multiprocessing.active_children():
-            process.terminate()
+            if process not in not_ours:
+                process.terminate()
         for worker in workers:
             worker.shutdown(cancel_futures=True)
 
@@ -104,6 +107,7 @@ def _prepare(jobs: int) -> None:
     from searche1_lite.cli import quieten
 
     quieten()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the sweep too, which ends its workers
     threading.Thread(target=_die_with_the_sweep, daemon=True).start()
     if jobs > 1:
         import torch
