@@ -7,6 +7,7 @@ impossible values with one line that names the key.
 import difflib
 import re
 from collections.abc import Hashable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -402,7 +403,7 @@ def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value)
         else:
-            into[key] = value
+            into[key] = deepcopy(value)  # later ones are merged into it, and `other` may serve for other runs
 
 
 def _check_keys(data: dict[str, Any], section: type, prefix: str) -> None:

@@ -70,6 +70,23 @@ def test_a_configuration_file_is_looked_for_beside_the_sweeps(tmp_path: Path) ->
     assert load_plan(path).runs[0].config.grpo.steps == 77
 
 
+def test_a_section_of_settings_is_every_variants_own(tmp_path: Path) -> None:
+    """None may write into what the others are made from."""
+    variants = {"limited": {"budget.updates": 5}, "clipped": {"ofsd.clip": 0.1}}
+    plan = load_plan(written(tmp_path, settings={"budget": {"seconds": 60}}, variants=variants), ["ofsd.epochs=3"])
+    limited, clipped = (run.config for run in plan.runs)
+    assert (limited.budget.seconds, limited.budget.updates) == (60.0, 5)
+    assert (clipped.budget.seconds, clipped.budget.updates, clipped.ofsd.clip) == (60.0, 0, 0.1)
+    assert limited.ofsd.clip == 0.0 and limited.ofsd.epochs == clipped.ofsd.epochs == 3
+
+
+@pytest.mark.parametrize("where", ["settings", "override"])
+def test_a_seed_in_the_wrong_place_is_refused(tmp_path: Path, where: str) -> None:
+    path = written(tmp_path, settings={"seed": 7} if where == "settings" else {}, variants={"a": {}})
+    with pytest.raises(UserError, match="`seeds`, not seed"):
+        load_plan(path, ["seed=7"] if where == "override" else [])
+
+
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"variant": {"a": {}}}, "unknown key variant"),
     "nothing to compare": ({}, "either `variants`"),

@@ -72,13 +72,15 @@ def load_plan(file: Path, overrides: Sequence[str] = (), seeds: Sequence[int] = 
     settings = data.get("settings") or {}  # of all variants
     if not isinstance(settings, dict):
         raise UserError(f"{file}: settings must hold `key: value` lines")
+    if "seed" in settings or any(override.partition("=")[0].strip() == "seed" for override in overrides):
+        raise UserError(f"{file}: a sweep has `seeds`, not seed; write them there, or give --seeds 1,2,3")
     chosen = list(seeds) or data.get("seeds") or [0]
     if not isinstance(chosen, list) or not all(type(seed) is int and seed >= 0 for seed in chosen):
         raise UserError(f"{file}: seeds must be a list of whole numbers, such as [1, 2, 3]")
     if len(set(chosen)) < len(chosen):
         raise UserError(f"{file}: a seed stands twice in {chosen}; each gives one run a variant")
     variants, titles = _variants(file, data)
-    baseline = data.get("baseline") or next(iter(variants))
+    baseline = str(data.get("baseline") or next(iter(variants)))
     if baseline not in variants:
         raise UserError(f"{file}: baseline {baseline!r} is no variant; there are {', '.join(variants)}")
     preset, config = data.get("preset"), data.get("config")

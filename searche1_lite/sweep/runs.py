@@ -58,7 +58,12 @@ def run_sweep(plan: Plan, folder: Path, jobs: int, say: Callable[[str], None], r
             for slot in set(range(jobs)) - {slot for _, slot in at_work.values()}:
                 if (planned := sweep.next_run()) is not None:
                     sweep.begin(planned)
-                    task = workers[slot].submit(_run, planned, folder, sweep.donors(planned), jobs > 1)
+                    work = (_run, planned, folder, sweep.donors(planned), jobs > 1)
+                    try:
+                        task = workers[slot].submit(*work)
+                    except BrokenProcessPool:  # it died while it had nothing to do
+                        workers[slot] = _worker(jobs)
+                        task = workers[slot].submit(*work)
                     at_work[task] = planned, slot
             if not at_work:
                 return sweep.keep()
@@ -86,7 +91,10 @@ def check_room(plan: Plan, jobs: int) -> None:
         return
     from searche1_lite.doctor import predicted_peak
 
-    shapes = {repr((run.config.model, run.config.engine, run.config.grpo, run.config.ofsd)): run for run in plan.runs}
+    shapes = {
+        repr((run.config.model, run.config.protocol, run.config.engine, run.config.grpo, run.config.ofsd)): run
+        for run in plan.runs
+    }
     peaks = {str(run): predicted_peak(run.config) for run in shapes.values()}
     worst = max(peaks, key=lambda name: peaks[name][0])
     peak, capacity = peaks[worst]
