@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -12,7 +13,9 @@ import typer
 from searche1_lite.errors import UserError
 
 if TYPE_CHECKING:
+    from searche1_lite.ask import Asker
     from searche1_lite.config import Config, SearchConfig
+    from searche1_lite.search.base import Retriever
 
 app = typer.Typer(
     help="A search agent that improves itself: GRPO and offline self-distillation over one LoRA adapter.",
@@ -154,36 +157,142 @@ def eval_command(
 
 @app.command()
 def ask(
-    question: Annotated[str, typer.Argument(help="What to answer.")],
+    question: Annotated[
+        str | None,
+        typer.Argument(
+            help="What to answer. Without it: a session at a terminal, or a pipe's questions, one a line, answered as "
+            "JSON lines."
+        ),
+    ] = None,
+    overrides: Overrides = None,
     preset: Preset = None,
     config: ConfigFile = None,
     adapter: Adapter = None,
+    compare: Annotated[bool, typer.Option("--compare", help="The base's answer beside the adapter's.")] = False,
+    show_trace: Annotated[
+        bool, typer.Option("--show-trace", help="On stderr, all that is written and found, as it comes.")
+    ] = False,
     as_json: AsJson = False,
     yes: Yes = False,
 ) -> None:
-    """Answer one question. Example: searche1-lite ask --preset demo "What is the mayor of Port Mitu?\""""
-    if not question.strip():
-        raise UserError("the question is empty; write one")
-    settings, _ = _settings(preset, config, None)
-    from searche1_lite.checkpoint import check_adapter_folder
+    """Answer a question, or many. Example: searche1-lite ask --preset demo "What is the mayor of Port Mitu?"
 
+    Exits with 0 if every question was answered, 3 if one was not, 1 after a failure, 2 for wrong usage.
+    """
+    question, settings_given = _question_and_overrides([question, *(overrides or [])] if question is not None else [])
+    settings, _ = _settings(preset, config, settings_given)
+    from searche1_lite.checkpoint import check_adapter_folder
+    from searche1_lite.protocol import check_question
+
+    if question is not None:
+        question = check_question(question, settings.protocol)
+    elif show_trace:
+        raise UserError("--show-trace is for one question; give it")
     if adapter:
         check_adapter_folder(adapter)
-    _prepare_search(settings.search, yes)
-    quieten()
-    from searche1_lite.ask import ask as answer_question
-    from searche1_lite.console import RichTasks
-    from searche1_lite.evolve import Run
+    elif compare:
+        raise UserError("--compare holds an adapter beside the base; name one with --adapter")
+    session = question is None and sys.stdin.isatty()
+    if session and (as_json or compare or not sys.stdout.isatty()):
+        raise UserError("a session is for a terminal and takes neither --json nor --compare; give a question or a pipe")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what its encoding lacks is no reason to fail
+    lines = None
+    if question is None and not session:
+        from searche1_lite.pipe import QuestionLines
 
-    result = answer_question(Run(settings, RichTasks(quiet=True), adapter), question)
+        # A file object of its own: sys.stdin cannot be closed at exit while a thread reads it.
+        lines = QuestionLines(os.fdopen(os.dup(sys.stdin.fileno()), "rb"), settings.engine.batch_size)
+    try:
+        if lines is not None and not lines.wait():
+            raise UserError("there is no question: neither as an argument nor on stdin, one a line")
+        asker = _open_asker(settings, adapter, yes)
+        if session:
+            from searche1_lite.answer_view import plain_console
+            from searche1_lite.chat import Chat, open_history
+            from searche1_lite.search.index import cache_folder
+
+            Chat(asker, plain_console(), open_history(cache_folder() / "ask_history")).run()
+            return
+        if lines is not None:
+            from searche1_lite.pipe import answer_lines
+
+            answered = True
+            for answer in answer_lines(asker, lines, compare):
+                print(json.dumps(answer.to_dict()), flush=True)
+                answered = answered and answer.answered
+        else:
+            answered = _answer_once(asker, question or "", compare, show_trace, as_json)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        raise typer.Exit(130) from None
+    except BrokenPipeError:  # whoever read the answers has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    raise typer.Exit(0 if answered else 3)
+
+
+def _open_asker(settings: "Config", adapter: Path | None, yes: bool) -> "Asker":
+    """Java and the index are opened while the model is loaded; what has to be fetched first is asked about before."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from searche1_lite.console import RichTasks, confirmation
+    from searche1_lite.search.catalog import describe_source, open_retriever
+
+    def open_search() -> "Retriever":
+        return open_retriever(settings.search, confirm=confirmation(yes), progress=RichTasks(), say=_say)
+
+    at_hand, _ = describe_source(settings.search)
+    with ThreadPoolExecutor(1, "open-search") as side:
+        retriever = side.submit(open_search) if at_hand == "ok" else open_search()
+        quieten()
+        from searche1_lite.ask import Asker
+        from searche1_lite.evolve import Run
+
+        return Asker(Run(settings, RichTasks(quiet=True), adapter, retriever), adapter)
+
+
+def _answer_once(asker: "Asker", question: str, compare: bool, show_trace: bool, as_json: bool) -> bool:
+    """Shows the answer to one question; was it answered?"""
+    from searche1_lite.answer_view import AnswerView, comparison_table, plain_console
+
+    result, aside = plain_console(), plain_console(stderr=True)
+    view = AnswerView(result, aside, "all" if show_trace else "none", asker.settings)
+    on_event = view.show if show_trace or not (as_json or compare) else None
+    if compare:
+        compared = asker.compare(question, on_event)
+        view.stop()
+        if as_json:
+            print(json.dumps(compared.to_dict()))
+        else:
+            result.print(comparison_table(compared, str(asker.adapter), asker.settings))
+        return compared.answered
+    answer = asker.answer(question, on_event)
+    view.stop()
     if as_json:
-        typer.echo(json.dumps(result))
-        return
-    for search in result["searches"]:
-        typer.echo(
-            f"searched {search['query']!r}: {', '.join(p['title'] for p in search['passages']) or 'nothing'}", err=True
-        )
-    typer.echo(result["answer"] if result["answer"] is not None else f"no answer found (stopped: {result['stopped']})")
+        print(json.dumps(answer.to_dict()))
+    else:
+        view.end(answer)
+    return answer.answered
+
+
+def _question_and_overrides(words: list[str]) -> tuple[str | None, list[str]]:
+    """The question among these words, if there is one, and the settings.
+
+    A word is a setting if it looks like one, `section.key=value` or a key that there is.
+    """
+    from searche1_lite.config import Config, flatten
+
+    known = flatten(Config())
+
+    def is_setting(word: str) -> bool:
+        key = re.match(r"(\w+(?:\.\w+)*)=", word)
+        return key is not None and ("." in key[1] or key[1] in known)
+
+    questions = [word for word in words if not is_setting(word)]
+    if len(questions) > 1:
+        raise UserError(f"{questions[1]!r} is neither a setting nor part of the question; put the question in quotes")
+    return (questions[0] if questions else None), [word for word in words if is_setting(word)]
 
 
 @app.command()

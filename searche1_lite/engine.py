@@ -204,6 +204,10 @@ class Decoder:
         self._counts[slot] = self._states[slot] = 0
         self._turns[slot], self._streams[slot] = SampledTurn(), stream
 
+    def last_token(self, slot: int) -> int:
+        """What the row wrote last."""
+        return int(self._tokens[slot])
+
     def step(self) -> list[tuple[int, SampledTurn]]:
         """Writes one token in each writing row; gives the rows whose turn it ended, with their turns.
 

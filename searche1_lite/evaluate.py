@@ -1,7 +1,5 @@
 """Metrics of a set of episodes, with confidence intervals. Pure functions of trajectories, or of what they came to."""
 
-import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,14 +8,12 @@ from typing import Any
 import numpy as np
 
 from searche1_lite.benchmarks import data_set_of
-from searche1_lite.reward import normalize_answer
+from searche1_lite.reward import UNTELLING, normalize_answer, plain_words
 from searche1_lite.search.base import Passage
 from searche1_lite.seeding import derive_seed
 from searche1_lite.trajectory import Trajectory
 
 _RESAMPLES = 2000
-_UNTELLING = {"", "yes", "no", "noanswer"}
-"""Normalised answers that stand in nearly every passage, or in none, whatever was found."""
 
 
 @dataclass(slots=True)
@@ -85,20 +81,16 @@ def holds_gold(passages: Sequence[Passage], golds: Sequence[str]) -> bool | None
     The whole passage counts, also what `max_document_tokens` may have cut off. None where every gold answer is yes, no
     or nothing once normalised: no passage can tell then.
     """
-    telling = [gold for gold in golds if normalize_answer(gold) not in _UNTELLING]
+    telling = [gold for gold in golds if normalize_answer(gold) not in UNTELLING]
     if not telling:
         return None
-    for split in (normalize_answer, _words):
+    for split in (normalize_answer, plain_words):
         wanted = [f" {gold} " for gold in map(split, telling) if gold]
         for passage in passages:
             texts = (f" {split(passage.title)} ", f" {split(passage.text)} ")
             if any(gold in text for text in texts for gold in wanted):
                 return True
     return False
-
-
-def _words(text: str) -> str:
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower()))
 
 
 def evaluate(trajectories: Sequence[Trajectory], seed: int) -> dict[str, Any]:

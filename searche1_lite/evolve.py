@@ -10,6 +10,7 @@ import os
 import resource
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -46,16 +47,25 @@ from searche1_lite.trajectory import Question, Trajectory
 
 
 class Run:
-    """The things a run works with, loaded once."""
+    """The things a run works with, loaded once.
+
+    Args:
+        retriever: the search engine, if it is open already; or one that is being opened while the model is loaded.
+    """
 
     def __init__(
-        self, config: Config, progress: Progress, adapter: Path | None = None, retriever: Retriever | None = None
+        self,
+        config: Config,
+        progress: Progress,
+        adapter: Path | None = None,
+        retriever: "Retriever | Future[Retriever] | None" = None,
     ) -> None:
         self.config, self.progress = config, progress
-        self.retriever = retriever or open_retriever(config.search, progress=progress)
+        retriever = retriever or open_retriever(config.search, progress=progress)
         self.model: PeftModel
         self.tokenizer: PreTrainedTokenizerBase
         self.model, self.tokenizer = load_policy(config.model, adapter=adapter, seed=config.seed)
+        self.retriever = retriever.result() if isinstance(retriever, Future) else retriever
         self.protocol = Protocol(self.tokenizer, config.protocol)
         self.engine = config.engine
         if config.engine.shadow == "auto" and not _has_room_for_shadow(config, self.model):

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 STOP_TAGS = ("</search>", "</answer>")
 """A model turn ends as soon as one of these stands in what it wrote."""
 
+CHARACTERS_PER_TOKEN = 16
+"""A question with more characters for each token of the prompt's budget is refused before it is tokenised."""
+
 _ANGLES = str.maketrans(dict.fromkeys("<＜﹤", "‹") | dict.fromkeys(">＞﹥", "›"))
 
 
@@ -67,6 +70,23 @@ def parse_turn(text: str) -> Action:
 def escape(text: str) -> str:
     """`text` with every angle bracket, ASCII or full-width, replaced by a look-alike that forms no tag or marker."""
     return text.translate(_ANGLES)
+
+
+def check_question(question: str, limits: ProtocolConfig) -> str:
+    """The question as it is asked: text without surrounding space.
+
+    Raises:
+        UserError: if it is empty, or so long that it cannot fit the prompt's budget.
+    """
+    question = question.encode("utf-8", "replace").decode("utf-8").strip()  # a lone surrogate is no text
+    if not question:
+        raise UserError("the question is empty; write one")
+    if len(question) > (most := CHARACTERS_PER_TOKEN * limits.max_prompt_tokens):
+        raise UserError(
+            f"the question has {len(question):,} characters; with protocol.max_prompt_tokens="
+            f"{limits.max_prompt_tokens} at most {most:,} are read; shorten it or raise the limit"
+        )
+    return question
 
 
 class Protocol:

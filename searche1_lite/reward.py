@@ -5,10 +5,14 @@ Normalisation is SQuAD's, as Search-R1 and FlashRAG use it: lower-case, drop pun
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
 from searche1_lite.protocol import last_block
+
+UNTELLING = {"", "yes", "no", "noanswer"}
+"""Normalised answers that stand in nearly every passage, or in none, whatever was found."""
 
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -17,6 +21,11 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 def normalize_answer(text: str) -> str:
     """`text` as answers are compared (SQuAD v1.1's `normalize_answer`)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_DROP_PUNCTUATION)).split())
+
+
+def plain_words(text: str) -> str:
+    """`text` in lower case, split at whatever is neither letter nor digit: `Nolan's` is `nolan s`."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower()))
 
 
 def exact_match(prediction: str | None, golds: Sequence[str]) -> float:

@@ -149,7 +149,8 @@ def rollout(
     logprobs: bool = False,
     prompts: Sequence[list[int]] | None = None,
     on_progress: Callable[[int], None] | None = None,
-    episode: type[Episode] = Episode,
+    on_token: Callable[[Episode, int], None] | None = None,
+    episode: Callable[..., Episode] = Episode,
     times: RolloutTimes | None = None,
 ) -> list[Trajectory]:
     """`n` fresh episodes for each question, question by question.
@@ -163,7 +164,9 @@ def rollout(
         logprobs: keep the log-probs of the sampled tokens.
         prompts: token ids of each question's prompt; default: the plain one.
         on_progress: told the number of episodes finished since it was last called.
-        episode: the rules of an episode, to be replaced where a benchmark writes the script.
+        on_token: told each token that the policy writes, as it writes it, before anything follows from it. What it
+            raises ends the rollout; nothing is kept of it, and model and retriever can be used again.
+        episode: makes an episode, to be replaced where a benchmark writes the script or someone watches.
         times: where the time spent is added up, by part.
     """
     began, times = time.perf_counter(), times or RolloutTimes()
@@ -202,7 +205,7 @@ def rollout(
                 greedy=greedy,
                 logprobs=logprobs,
             )
-            _Play(decoder, retriever, k, rows, cpu, times, on_progress).run(seats)
+            _Play(decoder, retriever, k, rows, cpu, times, on_progress, on_token).run(seats)
             del decoder
     finally:
         model.train(was_training)
@@ -249,9 +252,11 @@ class _Play:
         in_step: bool,
         times: RolloutTimes,
         on_progress: Callable[[int], None] | None,
+        on_token: Callable[[Episode, int], None] | None,
     ) -> None:
         self._decoder, self._retriever, self._k = decoder, retriever, k
-        self._in_step, self._times, self._on_progress = in_step, times, on_progress
+        self._in_step, self._times = in_step, times
+        self._on_progress, self._on_token = on_progress, on_token
         self._at: list[_Seat | None] = [None] * rows
         self._step = self._over = 0
         self._queue: deque[_Seat] = deque()
@@ -327,8 +332,11 @@ class _Play:
 
     def _write(self) -> None:
         """One token each, and what follows from the turns that it ended."""
+        writing = self._decoder.writing.nonzero()[0].tolist() if self._on_token else []
         with self._clock("decode"):
             ended = self._decoder.step()
+        for slot in writing:
+            self._on_token(self._at[slot].episode, self._decoder.last_token(slot))  # type: ignore[misc, union-attr]
         self._step += 1
         self._times.decode_steps += 1
         searches: list[tuple[_Seat, Action, SampledTurn]] = []

@@ -1,11 +1,11 @@
 """A table of a few trajectories, to see while training what the policy does."""
 
-import unicodedata
 from collections.abc import Sequence
 
 from rich.table import Table
 from rich.text import Text
 
+from searche1_lite.terminal import one_line
 from searche1_lite.trajectory import Trajectory
 
 
@@ -60,17 +60,6 @@ def choose_samples(trajectories: Sequence[Trajectory], count: int) -> list[Traje
         else:
             alike.append(group[0])
     return (mixed + alike)[:count]
-
-
-def one_line(text: str, limit: int) -> str:
-    """`text` on one line of at most `limit` characters, with nothing in it that a terminal would obey.
-
-    Control characters, escapes, direction marks and line breaks become spaces, and runs of spaces one.
-    """
-    beginning = text[: 8 * limit]  # a text of megabytes is not looked through
-    shown = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in beginning)
-    line = " ".join(shown.split())
-    return line if len(line) <= limit and len(beginning) == len(text) else f"{line[: limit - 1].rstrip()}…"
 
 
 def _queries(trajectory: Trajectory) -> str:

@@ -199,7 +199,7 @@ def test_a_name_with_a_line_break_still_gives_one_line(desk: Path) -> None:
     [
         ("train --presett demo", "--presett"),
         ("eval --limit -1", "--limit"),
-        ("ask", "question"),
+        ("ask --preset demo", "question"),
         ("index corpus.jsonl", "--out"),
         ("doctor --gpu-gb 0", "--gpu-gb"),
         ("bench --cap-gb little", "--cap-gb"),

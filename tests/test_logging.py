@@ -23,8 +23,9 @@ from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, LoggingConfig, dump_config, load_config
 from searche1_lite.console import RichTasks
 from searche1_lite.errors import UserError
-from searche1_lite.samples import choose_samples, is_due, one_line, sample_table
+from searche1_lite.samples import choose_samples, is_due, sample_table
 from searche1_lite.search.base import Passage
+from searche1_lite.terminal import one_line
 from searche1_lite.tracking import (
     Tracked,
     _closing,

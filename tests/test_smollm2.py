@@ -15,7 +15,7 @@ import torch
 from conftest import adapter_weights, all_equal, fixed_weights
 from safetensors.torch import load_file
 
-from searche1_lite.ask import ask
+from searche1_lite.ask import Asker
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, load_config
 from searche1_lite.console import RichTasks
@@ -208,7 +208,7 @@ def test_a_round_in_miniature_runs_and_only_a_spread_of_rewards_moves_the_adapte
 
 
 def test_the_examples_in_the_prompt_are_enough_for_the_base_to_search_and_read(work: Run) -> None:
-    result = ask(work, "What is the calling code of Peru?")
+    result = Asker(work).answer("What is the calling code of Peru?").to_dict()
     assert result["searches"] and result["stopped"] == "answer"
     assert "Peru" in result["searches"][0]["query"] and result["searches"][0]["passages"][0]["id"] == "PER-codes"
     assert result["answer"] == "51"
