@@ -1,5 +1,6 @@
 """How an answer is shown in a terminal: its searches, the reasoning as it is written, and where the answer stands."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from searche1_lite.ask import Answer, AskSettings, Comparison, Event, Found, Searched, Told, Wrote
+from searche1_lite.ask import Answer, Asker, AskSettings, Comparison, Event, Found, Searched, Told, Wrote
 from searche1_lite.search.base import Passage
 from searche1_lite.sources import stands_at
 from searche1_lite.terminal import one_line, plain_text
@@ -203,3 +204,25 @@ def _titles(passages: Sequence[Passage]) -> str:
 
 def _whole(passage: Passage) -> str:
     return f"{one_line(passage.title, 200)}: {plain_text(passage.text)}"
+
+
+def show_one(asker: Asker, question: str, compare: bool, show_trace: bool, as_json: bool) -> bool:
+    """Asks one question and shows what comes of it, the answer alone on stdout; was it answered?"""
+    result, aside = plain_console(), plain_console(stderr=True)
+    view = AnswerView(result, aside, "all" if show_trace else "none", asker.settings)
+    on_event = view.show if show_trace or not (as_json or compare) else None
+    if compare:
+        compared = asker.compare(question, on_event)
+        view.stop()
+        if as_json:
+            print(json.dumps(compared.to_dict()))
+        else:
+            result.print(comparison_table(compared, str(asker.adapter), asker.settings))
+        return compared.answered
+    answer = asker.answer(question, on_event)
+    view.stop()
+    if as_json:
+        print(json.dumps(answer.to_dict()))
+    else:
+        view.end(answer)
+    return answer.answered

@@ -122,6 +122,8 @@ class RunFolder:
         for name in reversed(stages):  # the furthest first: whatever is there then is complete
             final = self.path / "checkpoints" / name
             staging = final.with_name(f".{name}.staging")
+            if not (donor / "checkpoints" / name).is_dir():
+                continue  # an earlier one, which nothing needs
             shutil.rmtree(staging, ignore_errors=True)
             shutil.copytree(donor / "checkpoints" / name, staging)
             for file in [*staging.iterdir(), staging]:
@@ -179,6 +181,7 @@ def _copy(source: Path, to: Path) -> None:
         shutil.copyfile(source, staging)
         _sync(staging)
     staging.replace(to)
+    staging.unlink(missing_ok=True)  # it is left where both were the same file already
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -4,13 +4,13 @@ import json
 import os
 import re
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from searche1_lite.errors import UserError
+from searche1_lite.quiet import quieten
 
 if TYPE_CHECKING:
     from searche1_lite.ask import Asker
@@ -53,8 +53,7 @@ def train(
     from searche1_lite.tracking import check_trackers
 
     check_trackers(settings.logging)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or "," in os.environ.get("CUDA_VISIBLE_DEVICES", ""):
-        raise UserError("a run is for one GPU; set CUDA_VISIBLE_DEVICES to one of them, and start one process")
+    _check_one_gpu()
     questions = load_run_questions(settings, _say)  # faulty files are refused before a folder is made
     folder = RunFolder(folder_path, settings, resume)
     _prepare_search(settings.search, yes)
@@ -222,7 +221,9 @@ def ask(
                 print(json.dumps(answer.to_dict()), flush=True)
                 answered = answered and answer.answered
         else:
-            answered = _answer_once(asker, question or "", compare, show_trace, as_json)
+            from searche1_lite.answer_view import show_one
+
+            answered = show_one(asker, question or "", compare, show_trace, as_json)
     except KeyboardInterrupt:
         _say("interrupted")
         raise typer.Exit(130) from None
@@ -250,30 +251,6 @@ def _open_asker(settings: "Config", adapter: Path | None, yes: bool) -> "Asker":
         from searche1_lite.evolve import Run
 
         return Asker(Run(settings, RichTasks(quiet=True), adapter, retriever), adapter)
-
-
-def _answer_once(asker: "Asker", question: str, compare: bool, show_trace: bool, as_json: bool) -> bool:
-    """Shows the answer to one question; was it answered?"""
-    from searche1_lite.answer_view import AnswerView, comparison_table, plain_console
-
-    result, aside = plain_console(), plain_console(stderr=True)
-    view = AnswerView(result, aside, "all" if show_trace else "none", asker.settings)
-    on_event = view.show if show_trace or not (as_json or compare) else None
-    if compare:
-        compared = asker.compare(question, on_event)
-        view.stop()
-        if as_json:
-            print(json.dumps(compared.to_dict()))
-        else:
-            result.print(comparison_table(compared, str(asker.adapter), asker.settings))
-        return compared.answered
-    answer = asker.answer(question, on_event)
-    view.stop()
-    if as_json:
-        print(json.dumps(answer.to_dict()))
-    else:
-        view.end(answer)
-    return answer.answered
 
 
 def _question_and_overrides(words: list[str]) -> tuple[str | None, list[str]]:
@@ -325,6 +302,11 @@ def _prepare_search(search: "SearchConfig", yes: bool) -> None:
     from searche1_lite.search.catalog import open_retriever
 
     open_retriever(search, confirm=confirmation(yes), progress=RichTasks(), say=_say)
+
+
+def _check_one_gpu() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or "," in os.environ.get("CUDA_VISIBLE_DEVICES", ""):
+        raise UserError("a run is for one GPU; set CUDA_VISIBLE_DEVICES to one of them, and start one process")
 
 
 def _write_report(folder: Path) -> None:
@@ -429,9 +411,19 @@ def sweep(
 
     plan = load_plan(file, overrides or [], parse_seeds(seeds) if seeds is not None else [])
     folder = out or Path("runs") / plan.name
-    searches = {repr(planned.config.search): planned.config.search for planned in plan.runs}
-    for search in searches.values():
-        _prepare_search(search, yes)
+    _check_one_gpu()
+    from searche1_lite.benchmarks import load_run_questions
+    from searche1_lite.tracking import check_trackers
+
+    # Faults that all runs have in common are told once, and what they download is fetched once.
+    for alike in {
+        repr((run.config.data, run.config.grpo)): run.config for run in plan.runs[: len(plan.titles)]
+    }.values():
+        load_run_questions(alike, _say)
+    for alike in {repr(run.config.logging): run.config.logging for run in plan.runs}.values():
+        check_trackers(alike)
+    for alike in {repr(run.config.search): run.config.search for run in plan.runs}.values():
+        _prepare_search(alike, yes)
     quieten()
     from searche1_lite.sweep.runs import check_room, run_sweep
 
@@ -492,30 +484,6 @@ def _settings(
     preset = default_preset(8 if gpu_gib is None and smallest else gpu_gib)
     _say(f"preset {preset}, {'by' if gpu_gib else 'without'} the size of the GPU; --preset names another")
     return load_config(preset, None, overrides or []), preset
-
-
-def quieten() -> None:
-    """Keeps libraries' progress bars and notices off the terminal; set SEARCHE1_LITE_DEBUG=1 to see them."""
-    if os.environ.get("WANDB_MODE") == "offline":
-        with redirect_stdout(sys.stderr):  # transformers prints a line about it as it is imported
-            import transformers.integrations.integration_utils  # noqa: F401
-    if os.environ.get("SEARCHE1_LITE_DEBUG"):
-        return
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import logging
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if sys.stderr.isatty():
-        from huggingface_hub.utils import enable_progress_bars
-
-        enable_progress_bars()  # transformers has turned off those of downloads too
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def main() -> None:

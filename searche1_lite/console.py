@@ -115,6 +115,9 @@ def sweep_table(result: dict[str, Any]) -> Table:
             shown(row["updates"], ".0f"),
             shown(row["seconds"], ".0f"),
         )
+    tests = sorted({row["p_test"] for row in result["variants"] if row["p_test"]})
+    if tests:
+        table.caption = f"p: {' or '.join(tests)}, paired with the baseline, not adjusted (p_holm in sweep.json is)"
     return table
 
 

@@ -95,7 +95,8 @@ def watch(
 
         A record for each rollout of the watched questions: `question_id`, `sample`, `role` (`student`, `reference` or
         `sibling`), `reference_sample`, `student_sample` and, beside the trajectory's `turns`, `turns` with `pieces`
-        (the decoded tokens, whose texts add up to the turn's), `kl` (nats) and `teacher` (its likeliest token).
+        (the decoded tokens, whose texts add up to the turn's, and to its end token if it has one), `kl` (nats) and
+        `teacher` (its likeliest token).
     """
     shown = pairs[:WATCHED]
     groups: dict[str, list[Trajectory]] = {pair.student.question.id: [] for pair in shown}

@@ -22,6 +22,8 @@ GIB = 2**30
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "pyserini")
 CUDA_RESERVE = int(0.7 * GIB)
 """What is kept free of a card for the CUDA context and for fragmentation, an assumption."""
+PROCESS_RESERVE = int(1.2 * GIB)
+"""What a process on a CPU takes beside its tensors, Java and libraries: 0.7 to 1.3 GiB were seen."""
 
 # So that a plan can be made where the hub cannot be reached; from the models' public config.json.
 _KNOWN_SHAPES = {
@@ -268,16 +270,18 @@ def gpu_capacity() -> int:
 
 
 def predicted_peak(config: Config) -> tuple[int, int]:
-    """Bytes that a run may need at its worst moment, and those that are free: of the GPU if there is one, else here."""
+    """Bytes that a process with this run may need at its worst moment, and those that are free: of the GPU if there is
+    one, else of this machine."""
+    import psutil
     import torch
 
     from searche1_lite.memory import plan_memory
     from searche1_lite.model import compute_dtype
 
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
-    capacity = gpu_capacity() if device == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    capacity = gpu_capacity() if device == "cuda" else psutil.virtual_memory().available
     plan = plan_memory(config, model_shape(config), device, compute_dtype(torch.device(device)), capacity)
-    return max(plan.peaks.values()), capacity
+    return max(plan.peaks.values()) + (CUDA_RESERVE if device == "cuda" else PROCESS_RESERVE), capacity
 
 
 def _memory(config: Config, gpu_gib: float | None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ that was interrupted and resumed after any stage gives the same figures, bit for
 
 import hashlib
 import json
-import os
 import resource
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -120,6 +120,7 @@ class Run:
         asked = {
             "policy": (config.model.name, config.model.revision, config.model.quantization, adapter_digest(self.model)),
             "environment": (asdict(config.search), asdict(config.protocol)),
+            "arithmetic": (config.engine.batch_size, config.engine.shadow),
             "decoding": "greedy" if greedy else (config.engine.temperature, *seed_parts),
             "questions": [(question.id, question.question, question.golden_answers) for question in questions],
             "n": n,
@@ -302,7 +303,7 @@ def _has_room_for_shadow(config: Config, model: PeftModel) -> bool:
         plan = plan_memory(config, model.get_base_model().config, "cuda", dtype, gpu_capacity())
         room = "shadow weights" in plan.stages["rollout"]
     else:
-        room = size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2
+        room = size <= psutil.virtual_memory().available // 2
         if room:
             return True
     kind = "plain weights" if room else "the 4-bit weights: there is no room for plain ones"

@@ -368,7 +368,7 @@ def _resident(field: str) -> int:
 def _main() -> None:
     import torch
 
-    from searche1_lite.cli import quieten
+    from searche1_lite.quiet import quieten
 
     quieten()
     request = json.load(sys.stdin)

@@ -21,7 +21,7 @@ SMALL = ["engine.batch_size=4", "grpo.micro_batch_tokens=896", "ofsd.micro_batch
 
 EXAMINE = """
 import json, sys
-from searche1_lite.cli import quieten
+from searche1_lite.quiet import quieten
 quieten()
 from searche1_lite.config import load_config
 from searche1_lite.doctor import examine

@@ -31,7 +31,7 @@ for call in json.loads(sys.argv[1]):
 
 LOAD = """
 import json, sys
-from searche1_lite.cli import quieten
+from searche1_lite.quiet import quieten
 quieten()  # as the commands do, before anything heavy is imported
 from searche1_lite.config import ModelConfig
 from searche1_lite.errors import UserError

@@ -22,6 +22,7 @@ SWEEP = """
 preset: demo
 settings:
   rounds: 1
+  budget.updates: 2  # one of GRPO, and one of OFSD: three would come of its pairs
   grpo.steps: 1
   grpo.questions_per_step: 4
   ofsd.questions: 12
@@ -32,7 +33,7 @@ baseline: grpo
 variants:
   grpo: {title: GRPO only, ofsd.enabled: false}
   ofsd: {}
-  hopeless: {grpo.questions_per_step: 100000}
+  hopeless: {protocol.max_prompt_tokens: 4}
   plain: {ofsd.teacher_prompt: plain}
 """
 CONTRACT = {"name", "seeds", "em_mean", "em_ci95", "searches_mean", "em_diff", "p_value", "seconds"}
@@ -85,6 +86,7 @@ def test_every_variant_stands_beside_the_baseline(folder: Path, whole: dict[str,
             stages = json.loads((folder / "whole" / run["folder"] / "summary.json").read_text())["stages"]
             assert run["em"] == stages[-1]["em"] and run["updates"] == sum(stage.get("steps", 0) for stage in stages)
             ems.append(run["em"])
+            assert run["updates"] == (1 if row["name"] == "grpo" else 2), "the budget ends it within the stage"
         assert row["seeds"] == [1, 2] and row["em_mean"] == pytest.approx(sum(ems) / 2)
         assert 0 <= row["em_ci95"][0] <= row["em_mean"] <= row["em_ci95"][1] <= 1
     plain = whole["variants"][3]
@@ -95,7 +97,7 @@ def test_a_run_that_fails_says_why_and_does_not_stop_the_others(folder: Path, wh
     hopeless = whole["variants"][2]
     assert [run["state"] for run in hopeless["runs"]] == ["failed", "failed"] and hopeless["em_mean"] is None
     for run in hopeless["runs"]:
-        assert "grpo.questions_per_step" in run["error"]
+        assert "protocol.max_prompt_tokens=4" in run["error"]
         told = (folder / "whole" / f"{run['folder']}.error.txt").read_text()
         assert "UserError" in told and "Traceback" in told
     assert [run["state"] for run in whole["variants"][3]["runs"]] == ["done", "done"], "those after it"
@@ -123,6 +125,8 @@ def test_a_killed_sweep_goes_on_without_repeating_what_is_done_and_ends_the_same
         for line in process.stderr:
             if line.startswith("[2/8]"):
                 workers = children(process.pid)
+                with pytest.raises(UserError, match="another process is at the sweep"):
+                    run_sweep(load_plan(folder / "mine.yaml"), killed, 1, print, resume=True)
                 process.kill()
                 break
     assert workers
@@ -164,7 +168,9 @@ def wait_for_end(pid: int) -> None:
     assert ready, f"process {pid} has outlived its sweep"
 
 
-def test_two_at_a_time_give_the_same_figures_and_a_worker_that_dies_takes_one_run_with_it(folder: Path, whole) -> None:
+def test_two_at_a_time_give_the_same_figures_and_workers_that_die_take_no_other_run_with_them(
+    folder: Path, whole
+) -> None:
     with subprocess.Popen(
         words("--out", "two", "--jobs", "2"),
         stdout=subprocess.PIPE,
@@ -178,15 +184,16 @@ def test_two_at_a_time_give_the_same_figures_and_a_worker_that_dies_takes_one_ru
         for line in process.stderr:
             told.append(line)
             if line.startswith("[1/8]"):
-                # Two workers, and the helper that multiprocessing has; the youngest was given the next run first.
-                workers = [pid for pid in children(process.pid) if "spawn_main" in command_line(pid)]
-                os.kill(max(workers), signal.SIGKILL)
+                # One has just ended its run and may have none yet; the other is at one.
+                for pid in children(process.pid):
+                    if "spawn_main" in command_line(pid):
+                        os.kill(pid, signal.SIGKILL)
         result = json.loads(process.stdout.read())
     assert process.returncode == 1
     died = [run for row in result["variants"] for run in row["runs"] if "its process died" in (run["error"] or "")]
-    assert len(died) == 1 and died[0]["state"] == "failed"
-    states = [run["state"] for row in result["variants"] if row["name"] != "hopeless" for run in row["runs"]]
-    assert states.count("done") == 5 if "hopeless" not in died[0]["folder"] else 6
+    assert 1 <= len(died) <= 2 and all(run["state"] == "failed" for run in died)
+    states = [run["state"] for row in result["variants"] for run in row["runs"]]
+    assert set(states) == {"done", "failed"} and states.count("failed") <= 4, "the others were done all the same"
     resumed = sweep(folder, "--out", "two", "--jobs", "2", "--resume")
     assert untimed(json.loads(resumed.stdout)) == untimed(whole)
 

@@ -47,6 +47,14 @@ def test_a_grid_takes_every_combination(tmp_path: Path) -> None:
     ]
 
 
+def test_values_of_a_grid_that_no_folder_can_be_called_are_told_in_the_title(tmp_path: Path) -> None:
+    plan = load_plan(written(tmp_path, grid={"model.name": ["demo", "Qwen/Qwen2.5-3B"]}))
+    assert plan.titles == {"name=demo": "name=demo", "name=Qwen-Qwen2.5-3B": "name=Qwen/Qwen2.5-3B"}
+    assert [run.config.model.name for run in plan.runs] == ["demo", "Qwen/Qwen2.5-3B"]
+    with pytest.raises(UserError, match="both called name=a-b"):
+        load_plan(written(tmp_path, grid={"model.name": ["a/b", "a b"]}))
+
+
 def test_keys_of_the_same_last_name_are_told_apart(tmp_path: Path) -> None:
     plan = load_plan(written(tmp_path, grid={"grpo.learning_rate": [0.1], "ofsd.learning_rate": [0.2]}))
     assert list(plan.titles) == ["grpo.learning_rate=0.1,ofsd.learning_rate=0.2"]
@@ -105,6 +113,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no such baseline": ({"variants": {"a": {}}, "baseline": "b"}, "baseline 'b' is no variant"),
     "the same twice": ({"variants": {"a": {}, "b": {"rounds": 2}}}, "a and b have the same settings"),
     "settings in a list": ({"variants": {"a": {}}, "settings": ["rounds"]}, "settings must hold"),
+    "a config that is no name": ({"preset": None, "config": 3, "variants": {"a": {}}}, "config=3 is impossible"),
     "no such preset": ({"preset": "nope", "variants": {"a": {}}}, "no preset 'nope'"),
 }
 

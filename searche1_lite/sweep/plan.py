@@ -70,6 +70,9 @@ def load_plan(file: Path, overrides: Sequence[str] = (), seeds: Sequence[int] = 
     if unknown := [key for key in data if key not in _KEYS]:
         raise UserError(f"{file}: unknown key {unknown[0]}; a sweep has {', '.join(_KEYS)}")
     settings = data.get("settings") or {}  # of all variants
+    for key in ("preset", "config"):
+        if not isinstance(data.get(key), str | None):
+            raise UserError(f"{file}: {key}={data[key]!r} is impossible; give a name")
     if not isinstance(settings, dict):
         raise UserError(f"{file}: settings must hold `key: value` lines")
     if "seed" in settings or any(override.partition("=")[0].strip() == "seed" for override in overrides):
@@ -123,8 +126,11 @@ def _variants(file: Path, data: dict[str, Any]) -> tuple[dict[str, dict[str, Any
         shown = lasts if len(set(lasts)) == len(lasts) else [str(key) for key in grid]
         variants = {}
         for values in product(*grid.values()):
-            name = ",".join(f"{key}={value}" for key, value in zip(shown, values, strict=True))
-            variants[name] = dict(zip(grid, values, strict=True))
+            title = ",".join(f"{key}={value}" for key, value in zip(shown, values, strict=True))
+            name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", title)[:100]
+            if name in variants:
+                raise UserError(f"{file}: two values of the grid are both called {name}; write them as variants")
+            variants[name] = {"title": title, **dict(zip(grid, values, strict=True))}
     if not isinstance(variants, dict) or not variants:
         raise UserError(f"{file}: variants must hold `name: {{key: value}}` lines")
     titles = {}

@@ -11,11 +11,13 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from searche1_lite.checkpoint import RunFolder, write_atomically
 from searche1_lite.errors import UserError
@@ -38,7 +40,8 @@ def run_sweep(plan: Plan, folder: Path, jobs: int, say: Callable[[str], None], r
             again.
 
     Raises:
-        UserError: if the folder holds a sweep and `resume` is not said, or runs with other settings.
+        UserError: if the folder holds a sweep and `resume` is not said, or runs with other settings, or if another
+            process is at it.
     """
     if (folder / "sweep.json").is_file():
         if not resume:
@@ -48,7 +51,14 @@ def run_sweep(plan: Plan, folder: Path, jobs: int, say: Callable[[str], None], r
     for planned in plan.runs:  # refuses runs with other settings, before anything is done
         RunFolder(folder / planned.folder, planned.config, resume=True)
     (folder / "shared").mkdir(parents=True, exist_ok=True)
-    sweep = _Sweep(plan, folder, say)
+    try:
+        with FileLock(folder / "shared" / "lock", blocking=False):
+            return _do(_Sweep(plan, folder, say), folder, jobs)
+    except Timeout as error:
+        raise UserError(f"another process is at the sweep in {folder}; wait for it, or choose another --out") from error
+
+
+def _do(sweep: "_Sweep", folder: Path, jobs: int) -> dict[str, Any]:
     sweep.keep()
     not_ours = multiprocessing.active_children()
     workers = [_worker(jobs) for _ in range(jobs)]
@@ -58,7 +68,7 @@ def run_sweep(plan: Plan, folder: Path, jobs: int, say: Callable[[str], None], r
             for slot in set(range(jobs)) - {slot for _, slot in at_work.values()}:
                 if (planned := sweep.next_run()) is not None:
                     sweep.begin(planned)
-                    work = (_run, planned, folder, sweep.donors(planned), jobs > 1)
+                    work = (_run, planned, folder, sweep.donor(planned), jobs > 1)
                     try:
                         task = workers[slot].submit(*work)
                     except BrokenProcessPool:  # it died while it had nothing to do
@@ -83,6 +93,8 @@ def run_sweep(plan: Plan, folder: Path, jobs: int, say: Callable[[str], None], r
                 process.terminate()
         for worker in workers:
             worker.shutdown(cancel_futures=True)
+        for planned, _ in at_work.values():
+            sweep.interrupt(planned)
 
 
 def check_room(plan: Plan, jobs: int) -> None:
@@ -96,6 +108,13 @@ def check_room(plan: Plan, jobs: int) -> None:
         for run in plan.runs
     }
     peaks = {str(run): predicted_peak(run.config) for run in shapes.values()}
+    import torch
+
+    if torch.cuda.is_available() and any(run.config.engine.shadow == "auto" for run in plan.runs):
+        raise UserError(
+            f"--jobs {jobs} on a GPU needs engine.shadow=always or never: with auto, a run decides by the memory that "
+            "others have left it"
+        )
     worst = max(peaks, key=lambda name: peaks[name][0])
     peak, capacity = peaks[worst]
     if (fitting := capacity // peak) < jobs:
@@ -106,13 +125,13 @@ def check_room(plan: Plan, jobs: int) -> None:
 
 
 def _worker(jobs: int) -> ProcessPoolExecutor:
-    """One process that takes one run after another: libraries, Java and the index are loaded once."""
+    """One process that takes one run after another: libraries and Java are loaded once."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _prepare, (jobs,))
 
 
 def _prepare(jobs: int) -> None:
     """In a worker, before its first run."""
-    from searche1_lite.cli import quieten
+    from searche1_lite.quiet import quieten
 
     quieten()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the sweep too, which ends its workers
@@ -131,7 +150,7 @@ def _die_with_the_sweep() -> None:
         os._exit(1)
 
 
-def _run(planned: PlannedRun, sweep: Path, donors: Sequence[tuple[Path, list[str]]], quiet: bool) -> None:
+def _run(planned: PlannedRun, sweep: Path, donor: tuple[Path, list[str]] | None, quiet: bool) -> None:
     """In a worker: one run, from where it is."""
     import gc
 
@@ -143,8 +162,8 @@ def _run(planned: PlannedRun, sweep: Path, donors: Sequence[tuple[Path, list[str
     try:
         path = sweep / planned.folder
         folder = RunFolder(path, planned.config, resume=True, shared=sweep / "shared")
-        for donor, stages in donors[:1]:
-            folder.start().adopt(donor, stages)
+        if donor is not None:
+            folder.start().adopt(*donor)
         run(planned.config, folder, RichTasks(quiet=quiet))
     except Exception as error:
         _error_file(path).parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +194,7 @@ class _Sweep:
         return "waiting" in self._state.values()
 
     def next_run(self) -> PlannedRun | None:
-        """The next one to do: the first that no unfinished stage of a run at work or before it would save work."""
+        """The next one to do: the first that has nothing to gain from a stage that a run at work is about to finish."""
         for index, planned in enumerate(self._plan.runs):
             if self._state[index] == "waiting" and not self._wait_for(index):
                 return planned
@@ -193,8 +212,8 @@ class _Sweep:
                 return True
         return False
 
-    def donors(self, planned: PlannedRun) -> list[tuple[Path, list[str]]]:
-        """Runs that have finished stages in common with this one, and which; the one with the most first."""
+    def donor(self, planned: PlannedRun) -> tuple[Path, list[str]] | None:
+        """The run that has the most finished stages in common with this one, and which; None if there is none."""
         found = []
         for other in self._plan.runs:
             if other is planned:
@@ -203,7 +222,7 @@ class _Sweep:
             common = [name for name in common_stages(planned.config, other.config) if name in there]
             if common:
                 found.append((self._folder / other.folder, common))
-        return sorted(found, key=lambda item: -len(item[1]))
+        return max(found, key=lambda item: len(item[1]), default=None)
 
     def _finished(self, planned: PlannedRun) -> list[str]:
         """The stages that a run has trained and evaluated, in their order."""
@@ -233,6 +252,11 @@ class _Sweep:
         told = f"EM {em:.3f}" if error is None else f"failed: {self._errors[index]}"
         seconds = time.monotonic() - self._began[index]
         self._say(f"[{ended}/{len(self._state)}] {planned}: {told}, in {seconds:.0f} s")
+
+    def interrupt(self, planned: PlannedRun) -> None:
+        """Nobody is at this run any more; it can be gone on with."""
+        self._state[self._plan.runs.index(planned)] = "waiting"
+        self.keep()
 
     def keep(self) -> dict[str, Any]:
         """Compares what there is, and writes `sweep.json`."""
