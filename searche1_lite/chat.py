@@ -20,9 +20,9 @@ from rich.text import Text
 
 from searche1_lite.answer_view import AnswerView, comparison_table, source_lines
 from searche1_lite.ask import Answer, Asker, Comparison, Event
-from searche1_lite.checkpoint import write_atomically
 from searche1_lite.errors import UserError
 from searche1_lite.protocol import check_question
+from searche1_lite.sealed_folder import write_atomically
 from searche1_lite.terminal import one_line, plain_text
 
 PROMPT = "ask> "

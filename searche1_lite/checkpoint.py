@@ -1,21 +1,41 @@
 """A run's folder: what is in it, how it is written, and how a run goes on from it.
 
-Checkpoints are written to a staging folder, synced and renamed, so one that is there is complete. A stage's checkpoint
-is its adapter (safetensors) and `state.json`: every stage is seeded on its own, so nothing else is needed to go on.
+    checkpoints/round1.grpo           the policy as a stage left it; stages are seeded on their own and need no more
+    checkpoints/round2.ofsd.step-20   within a stage: also the optimizer, random states, and the policy as it began
+
+Both are adapter folders (safetensors) that are sealed (`sealed_folder.py`): whole, or not taken for whole.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
 from searche1_lite.config import Config, dump_config, flatten, load_config
 from searche1_lite.errors import UserError
+from searche1_lite.sealed_folder import (
+    DamagedError,
+    read_sealed,
+    remove_sealed,
+    sync,
+    update_sealed,
+    write_atomically,
+    write_sealed,
+)
+from searche1_lite.search.progress import say_on_stderr
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+KEPT_WITHIN = 2
+"""Checkpoints within a stage that are kept: should the last be damaged, the one before serves."""
+
+_LOCK = ".lock"
 
 
 class RunFolder:
@@ -39,17 +59,45 @@ class RunFolder:
             if not resume:
                 raise UserError(f"{path} already holds a run; add --resume to go on with it, or choose another --out")
             _check_same(_read_config(existing), config, path)
-        elif path.is_dir() and any(path.iterdir()):
+        elif path.is_dir() and any(item.name != _LOCK for item in path.iterdir()):
             raise UserError(f"{path} is not empty and holds no run; choose another --out")
         elif not (nearest := next(place for place in (path, *path.absolute().parents) if place.exists())).is_dir():
             raise UserError(f"cannot write to the run's folder {path}: {nearest} is a file; choose another --out")
         self._config = config
+        self._lock: FileLock | None = None
+
+    def claim(self) -> None:
+        """Keeps other processes from the run that is there, until `release` or the process's end; `start` does it too.
+
+        Raises:
+            UserError: if another one is at it.
+        """
+        if self._lock is not None or not self.path.is_dir():
+            return
+        lock = FileLock(self.path / _LOCK, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"another process is at the run in {self.path}; wait for it, or choose another --out"
+            ) from error
+        self._lock = lock
+
+    def release(self) -> None:
+        """Others may go on with it."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def start(self) -> "RunFolder":
         """Makes what is not there yet. Called when all a run needs is loaded: what fails before leaves no trace."""
         try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.claim()
+            (self.path / "checkpoints").mkdir(exist_ok=True)
             (self.path / "trajectories").mkdir(exist_ok=True)
+            for left in (self.path / "checkpoints").glob(".*"):  # by a process that died over it
+                shutil.rmtree(left, ignore_errors=True)
             if not (self.path / "config.yaml").is_file():
                 write_atomically(self.path / "config.yaml", dump_config(self._config))
         except OSError as error:
@@ -65,13 +113,19 @@ class RunFolder:
 
     def metrics_size(self) -> int:
         """Bytes in `metrics.jsonl`; a checkpoint keeps it, for `rewind`."""
-        path = self.path / "metrics.jsonl"
-        return path.stat().st_size if path.is_file() else 0
+        return _size(self.path / "metrics.jsonl")
 
     def rewind(self, size: int) -> None:
         """Cuts `metrics.jsonl` to `size` bytes: what it tells of later steps is about to be done again."""
-        if self.metrics_size() > size:
-            os.truncate(self.path / "metrics.jsonl", size)
+        _cut(self.path / "metrics.jsonl", size)
+
+    def trajectories_size(self, name: str) -> int:
+        """Bytes in `trajectories/NAME.jsonl`."""
+        return _size(self.path / "trajectories" / f"{name}.jsonl")
+
+    def rewind_trajectories(self, name: str, size: int) -> None:
+        """Cuts `trajectories/NAME.jsonl` to `size` bytes."""
+        _cut(self.path / "trajectories" / f"{name}.jsonl", size)
 
     def save_trajectories(self, name: str, records: list[dict[str, Any]]) -> None:
         """Writes `trajectories/NAME.jsonl`, over an earlier one."""
@@ -84,27 +138,52 @@ class RunFolder:
 
     def keep_answers(self, name: str, key: str, records: list[dict[str, Any]], seconds: float) -> None:
         """Writes `trajectories/NAME.jsonl`, to be found again under `key`, which tells what the answers depend on."""
-        note = self.path / "trajectories" / f"{name}.key.json"
+        answers, note = self._answers(name)
         note.unlink(missing_ok=True)  # it would be about other answers
         self.save_trajectories(name, records)
-        write_atomically(note, json.dumps({"key": key, "seconds": seconds}) + "\n")
+        write_atomically(note, json.dumps({"key": key, "seconds": seconds, "bytes": _size(answers)}) + "\n")
+        for file in self._part(name):
+            file.unlink(missing_ok=True)
         if self._shared is not None:
             _copy(self.path / "trajectories" / f"{name}.jsonl", self._shared / f"{key}.jsonl")
             _copy(note, self._shared / f"{key}.key.json")
 
     def kept_answers(self, name: str, key: str) -> tuple[list[dict[str, Any]], float] | None:
         """The answers kept under `key` and their seconds: this run's, else shared ones, which become its own."""
-        answers, note = (self.path / "trajectories" / f"{name}.{kind}" for kind in ("jsonl", "key.json"))
-        kept = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {"key": None}
-        if kept["key"] != key:
-            if self._shared is None or not (self._shared / f"{key}.key.json").is_file():
+        answers, note = self._answers(name)
+        if (found := _read_answers(answers, note, key)) is None and self._shared is not None:
+            if not (self._shared / f"{key}.key.json").is_file():
                 return None
             note.unlink(missing_ok=True)
             _copy(self._shared / f"{key}.jsonl", answers)
             _copy(self._shared / f"{key}.key.json", note)
-            kept = json.loads(note.read_text(encoding="utf-8"))
-        with answers.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file], kept["seconds"]
+            found = _read_answers(answers, note, key)
+        return found
+
+    def add_answers(self, name: str, key: str, records: list[dict[str, Any]], seconds: float) -> None:
+        """Keeps the next part of what is to become `keep_answers`; `seconds` of all parts so far."""
+        answers, note = self._part(name)
+        if _read_answers(answers, note, key) is None:
+            answers.unlink(missing_ok=True)
+        else:
+            _cut(answers, json.loads(note.read_text(encoding="utf-8"))["bytes"])
+        with answers.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+        write_atomically(note, json.dumps({"key": key, "seconds": seconds, "bytes": _size(answers)}) + "\n")
+
+    def begun_answers(self, name: str, key: str) -> tuple[list[dict[str, Any]], float]:
+        """The parts that are there under `key`, and their seconds."""
+        return _read_answers(*self._part(name), key) or ([], 0.0)
+
+    def _answers(self, name: str) -> tuple[Path, Path]:
+        """Where whole answers are, and the note about them."""
+        return self.path / "trajectories" / f"{name}.jsonl", self.path / "trajectories" / f"{name}.key.json"
+
+    def _part(self, name: str) -> tuple[Path, Path]:
+        """The same of parts."""
+        return self.path / "trajectories" / f"{name}.part", self.path / "trajectories" / f"{name}.part.json"
 
     def adopt(self, donor: Path, stages: Sequence[str]) -> None:
         """Takes over finished `stages` of another run, in their order: by settings and seed they are this run's too.
@@ -113,7 +192,11 @@ class RunFolder:
         """
         if not stages or self.latest() is not None:
             return
-        state = json.loads((donor / "checkpoints" / stages[-1] / "state.json").read_text(encoding="utf-8"))
+        try:
+            state = read_sealed(donor / "checkpoints" / stages[-1])
+        except DamagedError as error:
+            say_on_stderr(f"{error}; {self.path} does these stages itself")
+            return
         with (donor / "metrics.jsonl").open("rb") as file:
             write_atomically(self.path / "metrics.jsonl", file.read(state["metrics_size"]).decode("utf-8"))
         for file in (donor / "trajectories").iterdir():
@@ -127,39 +210,88 @@ class RunFolder:
             shutil.rmtree(staging, ignore_errors=True)
             shutil.copytree(donor / "checkpoints" / name, staging)
             for file in [*staging.iterdir(), staging]:
-                _sync(file)
+                sync(file)
             staging.rename(final)
 
     def save_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.summary_path, json.dumps(summary, indent=2) + "\n")
 
     def save_checkpoint(self, name: str, model: "PeftModel", state: dict[str, Any]) -> None:
-        """The adapter as it stands after stage `name`, and where the run is: `stages`, and `unevaluated` if need be."""
+        """The adapter as it stands after stage `name`, and where the run is: `stages`, and `unevaluated` if need be.
+
+        What there is from within that stage is not needed any more, and goes.
+        """
         from searche1_lite.model import save_adapter
 
         final = self.path / "checkpoints" / name
-        staging = final.with_name(f".{name}.staging")
-        shutil.rmtree(staging, ignore_errors=True)
-        save_adapter(model, staging)
-        (staging / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        for file in [*staging.iterdir(), staging]:
-            _sync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        staging.rename(final)
-        _sync(final.parent)
+        write_sealed(final, lambda folder: save_adapter(model, folder), state)
+        read_sealed(final)  # it is good: then others may go
+        self.drop_within(name)
+
+    def save_within(self, name: str, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
+        """What `write` puts into a folder, after `step` updates of stage `name`; the last few such are kept."""
+        final = self.path / "checkpoints" / f"{name}.step-{step}"
+        write_sealed(final, write, state)
+        read_sealed(final)
+        earlier = [path for number, path in self._within(name) if number < step]
+        for path in earlier[: -(KEPT_WITHIN - 1)]:
+            remove_sealed(path)
+
+    def drop_within(self, name: str) -> None:
+        """Forgets how far stage `name` was."""
+        for _, path in self._within(name):
+            remove_sealed(path)
+
+    def _within(self, name: str) -> list[tuple[int, Path]]:
+        """Steps and folders of the checkpoints within stage `name`, the first first."""
+        found = (self.path / "checkpoints").glob(f"{name}.step-*")
+        return sorted((int(path.name.rpartition("-")[2]), path) for path in found)
 
     def update_checkpoint(self, name: str, state: dict[str, Any]) -> None:
-        """Replaces the state of a checkpoint that is there."""
-        write_atomically(self.path / "checkpoints" / name / "state.json", json.dumps(state, indent=2) + "\n")
+        """Replaces the state of a stage's checkpoint; of the stages before, those not to be kept any more go."""
+        update_sealed(self.path / "checkpoints" / name, state)
+        keep, stages = self._config.checkpoint.keep_stages, state["stages"]
+        if keep:
+            kept = {stage["name"] for stage in stages[-keep:]} | {max(stages, key=lambda stage: stage["em"])["name"]}
+            for stage in stages:
+                path = self.path / "checkpoints" / stage["name"]
+                if stage["name"] not in kept and path.is_dir():
+                    remove_sealed(path)
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint that is furthest in the run, and its state; None in a fresh folder."""
-        found: dict[int, tuple[Path, dict[str, Any]]] = {}
+        """The whole checkpoint that is furthest in the run, and its state; None in a fresh folder.
+
+        The user is told of those that are damaged.
+
+        Raises:
+            UserError: if there are only damaged ones.
+        """
+        damaged: list[str] = []
+        found: list[tuple[tuple[int, int], Path]] = []
         # A folder that begins with a dot is the staging of a save that was interrupted.
-        for path in (self.path / "checkpoints").glob("[!.]*/state.json"):
-            state = json.loads(path.read_text(encoding="utf-8"))
-            found[len(state["stages"]) + ("unevaluated" in state)] = path.parent, state
-        return found[max(found)] if found else None
+        for path in sorted((self.path / "checkpoints").glob("[!.]*")):
+            try:
+                state = read_sealed(path, files=False)
+                step = state["within"]["step"] if "within" in state else 0
+                found.append(((len(state["stages"]) + ("unevaluated" in state), step), path))
+            except DamagedError as error:
+                damaged.append(str(error))
+        for _, path in sorted(found, reverse=True):
+            try:
+                state = read_sealed(path)
+            except DamagedError as error:
+                damaged.append(str(error))
+                continue
+            for fault in damaged:
+                say_on_stderr(f"{fault}; going on from {path.name}, the last whole checkpoint")
+            return path, state
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {self.path / 'checkpoints'} is whole: {damaged[0]}; put it back, or choose another "
+                "--out to begin again",
+                exit_code=1,
+            )
+        return None
 
 
 def check_adapter_folder(folder: Path) -> None:
@@ -179,24 +311,33 @@ def _copy(source: Path, to: Path) -> None:
         os.link(source, staging)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, staging)
-        _sync(staging)
+        sync(staging)
     staging.replace(to)
     staging.unlink(missing_ok=True)  # it is left where both were the same file already
 
 
-def write_atomically(path: Path, text: str) -> None:
-    staging = path.with_name(f".{path.name}.staging")
-    staging.write_text(text, encoding="utf-8")
-    _sync(staging)
-    staging.replace(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _read_answers(answers: Path, note: Path, key: str) -> tuple[list[dict[str, Any]], float] | None:
+    """What the note is about, if that is the key and it is all there; bytes beyond it do not count."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        kept = json.loads(note.read_text(encoding="utf-8"))
+        if kept["key"] != key:
+            return None
+        with answers.open("rb") as file:
+            text = file.read(kept["bytes"])
+        if len(text) < kept["bytes"]:
+            return None
+        return [json.loads(line) for line in text.splitlines()], kept["seconds"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _cut(path: Path, size: int) -> None:
+    if _size(path) > size:
+        os.truncate(path, size)
 
 
 def _read_config(path: Path) -> Config:
@@ -208,8 +349,8 @@ def _read_config(path: Path) -> Config:
 
 def _check_same(saved: Config, asked: Config, path: Path) -> None:
     ours, theirs = flatten(saved), flatten(asked)
-    # How a run is watched makes no other run of it.
-    different = [key for key in ours if ours[key] != theirs[key] and not key.startswith("logging.")]
+    # How a run is watched and kept makes no other run of it.
+    different = [key for key in ours if ours[key] != theirs[key] and not key.startswith(("logging.", "checkpoint."))]
     if different:
         shown = ", ".join(f"{key} ({ours[key]!r} there, {theirs[key]!r} now)" for key in different[:3])
         raise UserError(f"{path} holds a run with other settings: {shown}; use those, or choose another --out")

@@ -1,5 +1,6 @@
 """The command line: wiring only. Heavy imports happen inside the commands, so that `--help` is instant."""
 
+import errno
 import json
 import os
 import re
@@ -56,19 +57,23 @@ def train(
     _check_one_gpu()
     questions = load_run_questions(settings, _say)  # faulty files are refused before a folder is made
     folder = RunFolder(folder_path, settings, resume)
+    folder.claim()
     _prepare_search(settings.search, yes)
     quieten()
     from searche1_lite.console import RichTasks, stage_table
     from searche1_lite.evolve import run
+    from searche1_lite.interrupt import Interrupted
 
     try:
         summary = run(settings, folder, RichTasks(), questions)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if (folder_path / "config.yaml").is_file():
-            _say(f"interrupted; finished stages are kept, go on with --resume --out {folder_path}")
+            # Only an `Interrupted` had the time to keep the steps of the stage too.
+            kept = "what was done is kept" if isinstance(error, Interrupted) else "what was kept last is there"
+            _say(f"interrupted; {kept}, go on with --resume --out {folder_path}")
         else:
             _say("interrupted before the first stage; the same command begins again")
-        raise typer.Exit(130) from None
+        raise typer.Exit(getattr(error, "exit_code", 130)) from None
     from rich.console import Console
 
     Console().print(stage_table(summary))
@@ -502,7 +507,11 @@ def main() -> None:
         message, exit_code = str(error), 1
         if isinstance(error, UserError):
             exit_code = error.exit_code
-        elif error.filename is not None:  # a full disk, a folder that may not be written to, ...
+        elif error.errno == errno.ENOSPC:
+            place = f": {error.filename}" if error.filename else ""
+            message = f"no space left on the disk{place}; make room; what was kept is whole, `train` and `eval` go on "
+            message += "from it with --resume"
+        elif error.filename is not None:  # a folder that may not be written to, ...
             message = f"{error.strerror}: {error.filename}; make room or give another place"
         _fail(message, exit_code)
     except RuntimeError as error:

@@ -228,6 +228,16 @@ class LoggingConfig:
 
 
 @dataclass(config=_STRICT)
+class CheckpointConfig:
+    """What of a run is kept to go on from. It changes nothing that a run does: a resumed one may have other values."""
+
+    every_steps: Count = 10
+    """Optimizer steps between two checkpoints within a stage; 0: only one at its end, and one where it is stopped."""
+    keep_stages: Count = 0
+    """Stages whose checkpoints are kept: the last so many, and the one with the best EM; 0: all."""
+
+
+@dataclass(config=_STRICT)
 class Config:
     """A whole run."""
 
@@ -242,6 +252,7 @@ class Config:
     grpo: GRPOStageConfig = field(default_factory=GRPOStageConfig)
     ofsd: OFSDStageConfig = field(default_factory=OFSDStageConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from searche1_lite.config import Config
 from searche1_lite.divergence import divergence
+from searche1_lite.interrupt import Stop
 from searche1_lite.logprobs import completion_hidden
 from searche1_lite.microbatch import micro_batches
 from searche1_lite.model import compute_context
@@ -49,8 +50,13 @@ def token_kl(
     pad_id: int,
     temperature: float,
     micro_batch_tokens: int,
+    stop: Stop | None = None,
 ) -> list[TokenKL]:
-    """The model under each student's own prompt, beside the model as it is, as the teacher, under `prompts`."""
+    """The model under each student's own prompt, beside the model as it is, as the teacher, under `prompts`.
+
+    Args:
+        stop: looked at between passes.
+    """
     model.eval()
     head = model.get_output_embeddings()
     result: list[TokenKL | None] = [None] * len(pairs)
@@ -59,6 +65,8 @@ def token_kl(
         for pair, prompt in zip(pairs, prompts, strict=True)
     ]
     for batch in micro_batches(lengths, micro_batch_tokens):
+        if stop is not None:
+            stop.check()
         rows = [pairs[index].student for index in batch]
         completion = padded([t.completion_ids for t in rows], pad_id, "right", model.device)
         mask = padded([[1] * len(t.completion_ids) for t in rows], 0, "right", model.device)
@@ -81,12 +89,18 @@ def token_kl(
 
 
 def watch(
-    model: PeftModel, protocol: Protocol, rollouts: Sequence[Trajectory], pairs: Sequence[Pair], config: Config
+    model: PeftModel,
+    protocol: Protocol,
+    rollouts: Sequence[Trajectory],
+    pairs: Sequence[Pair],
+    config: Config,
+    stop: Stop | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Mean KL per model-written token of the pairs beside two other teacher prompts, and the KL of single tokens.
 
     Args:
         rollouts: what the pairs were chosen from.
+        stop: looked at between passes.
 
     Returns:
         The means: `pairs`; `plain`, zero by construction: it shows what numerical noise amounts to; and `foreign`, with
@@ -116,6 +130,7 @@ def watch(
             pad_id=protocol.tokenizer.pad_token_id,
             temperature=config.engine.temperature,
             micro_batch_tokens=config.ofsd.micro_batch_tokens,
+            stop=stop,
         )
 
     means: dict[str, float] = {}

@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from searche1_lite.checkpoint import write_atomically
 from searche1_lite.config import Config, dump_config, flatten, parse_config
 from searche1_lite.errors import UserError
+from searche1_lite.sealed_folder import write_atomically
 from searche1_lite.trajectory import Question
 
 

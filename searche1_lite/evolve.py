@@ -1,7 +1,8 @@
 """The rounds: GRPO, fresh rollouts, OFSD, and an evaluation after each stage.
 
-Read `run` top to bottom: it is the method. Every stage is seeded by the run's seed and its own name, so on a CPU a run
-that was interrupted and resumed after any stage gives the same figures, bit for bit, as one that was not.
+Read `_run` top to bottom: it is the method. Every stage is seeded by the run's seed and its own name, and how far it is
+is kept (`training_state.py`), so on a CPU a run that was interrupted anywhere and resumed gives the same figures, bit
+for bit, as one that was not.
 """
 
 import hashlib
@@ -31,6 +32,7 @@ from searche1_lite.divergence import try_losses
 from searche1_lite.engine import uses_shadow
 from searche1_lite.evaluate import evaluate
 from searche1_lite.grpo import train_grpo
+from searche1_lite.interrupt import Stop
 from searche1_lite.model import adapter_digest, load_adapter_weights, load_policy, shadow_bytes
 from searche1_lite.ofsd import ofsd_steps, train_ofsd
 from searche1_lite.pairs import Pair, select_pairs, teacher_prompts
@@ -43,7 +45,12 @@ from searche1_lite.search.catalog import open_retriever
 from searche1_lite.search.progress import Progress, say_on_stderr
 from searche1_lite.seeding import derive_seed
 from searche1_lite.tracking import Tracked, check_trackers, report_evaluations
+from searche1_lite.training_state import Resumed, StageKeeper
 from searche1_lite.trajectory import Question, Trajectory
+
+EPISODES_AT_ONCE = 16
+"""Times `engine.batch_size` episodes are played, then kept: the most that an interruption can cost. Each time ends with
+fewer and fewer of them side by side, so it should not be few."""
 
 
 class Run:
@@ -60,7 +67,7 @@ class Run:
         adapter: Path | None = None,
         retriever: "Retriever | Future[Retriever] | None" = None,
     ) -> None:
-        self.config, self.progress = config, progress
+        self.config, self.progress, self.stop = config, progress, Stop()
         retriever = retriever or open_retriever(config.search, progress=progress)
         self.model: PeftModel
         self.tokenizer: PreTrainedTokenizerBase
@@ -85,6 +92,7 @@ class Run:
             engine=self.engine,
             k=self.config.search.k,
             seed_parts=seed_parts,
+            check=self.stop.check,
             **how,
         )
 
@@ -113,8 +121,9 @@ class Run:
     ) -> tuple[list[Trajectory], float]:
         """`answer`, kept in `trajectories/FILE.jsonl`, and the seconds that it took.
 
-        Taken from there if the same answers were given before: by this run, had it been interrupted, or by another one
-        of its sweep. They are the same if the policy computes the same and was asked the same in the same way.
+        Taken from there, as far as the same answers were given before: by this run, had it been interrupted, or by
+        another one of its sweep. They are the same if the policy computes the same and was asked the same in the same
+        way.
         """
         config = self.config
         asked = {
@@ -126,14 +135,36 @@ class Run:
             "n": n,
         }
         key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        if (found := folder.kept_answers(file, key)) is None:
-            began = time.monotonic()
-            trajectories = self.answer(name, questions, n, seed_parts, greedy)
-            found = [t.to_dict() for t in trajectories], round(time.monotonic() - began, 3)
-            folder.keep_answers(file, key, *found)
-            return trajectories, found[1]
-        records, seconds = found
-        return [Trajectory.from_dict(record) for record in records], seconds
+        if (kept := folder.kept_answers(file, key)) is not None:
+            return [Trajectory.from_dict(record) for record in kept[0]], kept[1]
+        records, seconds = folder.begun_answers(file, key)
+        trajectories = [Trajectory.from_dict(record) for record in records]
+        at_once = max(1, EPISODES_AT_ONCE * config.engine.batch_size // n)
+        with self.progress.task(name, len(questions) * n) as advance:
+            advance(len(trajectories))
+            # Cut where a run that was never interrupted cuts.
+            for start in range(len(trajectories) // n, len(questions), at_once):
+                began = time.monotonic()
+                asked_now = questions[start : start + at_once]
+                fresh = self.rollout(asked_now, n, seed_parts, greedy=greedy, on_progress=advance)
+                seconds = round(seconds + time.monotonic() - began, 3)
+                trajectories += fresh
+                if start + at_once < len(questions):
+                    folder.add_answers(file, key, [t.to_dict() for t in fresh], seconds)
+        folder.keep_answers(file, key, [t.to_dict() for t in trajectories], seconds)
+        return trajectories, seconds
+
+    def keeper(
+        self,
+        folder: RunFolder,
+        stage: Stage,
+        summary: dict[str, Any],
+        resumed: "Resumed | None",
+        grown: Sequence[str] = (),
+    ) -> StageKeeper:
+        """What keeps this stage's training; the policy is as the stage begins."""
+        every = self.config.checkpoint.every_steps
+        return StageKeeper(folder, stage.name, self.model, every=every, state=summary, grown=grown, resumed=resumed)
 
     def show_samples(self, title: str, trajectories: Sequence[Trajectory]) -> None:
         """A table of some of these, unless the run is watched without."""
@@ -151,7 +182,23 @@ def run(
 
     Args:
         questions: what `load_run_questions(config)` gave, if it was called already.
+
+    Raises:
+        Interrupted: by Ctrl-C or SIGTERM; all that was done is kept.
+        UserError: for what can be mended; so is then what was done.
     """
+    try:
+        return _run(config, folder, progress, questions)
+    finally:
+        folder.release()
+
+
+def _run(
+    config: Config,
+    folder: RunFolder,
+    progress: Progress,
+    questions: tuple[list[Question], list[Question]] | None,
+) -> dict[str, Any]:
     check_trackers(config.logging)
     train_questions, test_questions = questions or load_run_questions(config)
     work = Run(config, progress)
@@ -187,32 +234,44 @@ def run(
         folder.save_summary(summary)
         report_evaluations(config, folder.path, summary["stages"])
 
-    if (latest := folder.latest()) is not None:
-        checkpoint, summary = latest
-        load_adapter_weights(work.model, checkpoint)
-        folder.rewind(summary.pop("metrics_size"))
-        if (unevaluated := summary.pop("unevaluated", None)) is not None:
-            measure(unevaluated)
-        folder.save_summary(summary)
-        report_evaluations(config, folder.path, summary["stages"])  # one may have been lost with the last session
-    else:
-        folder.rewind(0)
-    if not summary["stages"]:
-        keep("base", 0.0, {})
-    while (stage := next_stage(config, summary["stages"])) is not None:
-        begin_peak()
-        run_stage = _run_grpo if stage.kind == "grpo" else _run_ofsd
-        keep(stage.name, *run_stage(work, train_questions, folder, stage))
+    resumed: Resumed | None = None
+    with work.stop.listening():
+        if (latest := folder.latest()) is not None:
+            checkpoint, summary = latest
+            if (within := summary.pop("within", None)) is not None:
+                resumed = checkpoint, within
+            load_adapter_weights(work.model, checkpoint if resumed is None else checkpoint / "start")
+            folder.rewind(summary.pop("metrics_size"))
+            if (unevaluated := summary.pop("unevaluated", None)) is not None:
+                measure(unevaluated)
+            folder.save_summary(summary)
+            report_evaluations(config, folder.path, summary["stages"])  # one may have been lost with the last session
+        else:
+            folder.rewind(0)
+        if not summary["stages"]:
+            keep("base", 0.0, {})
+        while (stage := next_stage(config, summary["stages"])) is not None:
+            begin_peak()
+            run_stage = _run_grpo if stage.kind == "grpo" else _run_ofsd
+            keep(stage.name, *run_stage(work, train_questions, folder, stage, summary, resumed))
+            resumed = None
     return summary
 
 
 def _run_grpo(
-    work: Run, questions: Sequence[Question], folder: RunFolder, stage: Stage
+    work: Run,
+    questions: Sequence[Question],
+    folder: RunFolder,
+    stage: Stage,
+    summary: dict[str, Any],
+    resumed: Resumed | None,
 ) -> tuple[float, dict[str, Any]]:
     """Seconds and figures of one GRPO stage."""
-    began, file = time.monotonic(), f"{stage.name}.rollouts"
-    folder.save_trajectories(file, [])
-    steps, numbers = stage.steps(work.config.grpo.steps), count(1)
+    file = f"{stage.name}.rollouts"
+    if resumed is None:
+        folder.save_trajectories(file, [])
+    keeper = work.keeper(folder, stage, summary, resumed, grown=(file,))
+    steps, numbers = stage.steps(work.config.grpo.steps), count(keeper.steps + 1)
 
     def keep_rollouts(rollouts: Sequence[Trajectory]) -> None:
         folder.add_trajectories(file, [t.to_dict() for t in rollouts])
@@ -220,18 +279,24 @@ def _run_grpo(
             work.show_samples(f"{stage.name}, step {step}", rollouts)
 
     with work.progress.task(f"round{stage.round}: GRPO", steps) as advance:
+        advance(keeper.steps)
         result = train_grpo(
             work.model, work.tokenizer, partial(work.rollout, logprobs=True), questions, work.config,
             run_seed=work.config.seed, round_index=stage.round, output_dir=folder.path / "checkpoints",
             on_step=lambda record: (folder.log(record), advance(1)),
             on_rollouts=keep_rollouts, tracked=Tracked(work.config, folder.path, stage.name),
-            deadline=stage.deadline(), limit=steps,
+            deadline=stage.deadline(keeper.spent), limit=steps, keeper=keeper, stop=work.stop,
         )  # fmt: skip
-    return time.monotonic() - began, result
+    return keeper.seconds, result
 
 
 def _run_ofsd(
-    work: Run, questions: Sequence[Question], folder: RunFolder, stage: Stage
+    work: Run,
+    questions: Sequence[Question],
+    folder: RunFolder,
+    stage: Stage,
+    summary: dict[str, Any],
+    resumed: Resumed | None,
 ) -> tuple[float, dict[str, Any]]:
     """Seconds and figures of one OFSD stage. What is only looked at, not needed to train, is timed apart."""
     config, settings, name, index = work.config, work.config.ofsd, stage.name, stage.round
@@ -244,24 +309,35 @@ def _run_ofsd(
     pairs, counts = select_pairs(
         rollouts, settings.students, settings.reference, derive_seed(config.seed, "ofsd-reference", index)
     )
+    chosen = [[pair.student.question.id, pair.reference.sample, pair.student.sample] for pair in pairs]
+    if resumed is not None and resumed[1]["figures"]["chosen"] != chosen:
+        # Its rollouts are lost, and this machine has not given the same ones again.
+        say_on_stderr(f"{name} begins anew: its rollouts had to be done again, and gave other pairs")
+        folder.rewind(resumed[1]["metrics_began"])
+        folder.drop_within(name)
+        resumed = None
 
-    began = time.monotonic()
-    privilege = compare_teacher(work, pairs, f"round{index}: teacher", (config.seed, "teacher", index))
-    kl, token_records = watch(work.model, work.protocol, rollouts, pairs, config)
-    folder.save_trajectories(f"{name}.kl", token_records)
-    diagnostics = time.monotonic() - began
+    if resumed is None:
+        began = time.monotonic()
+        privilege = compare_teacher(work, pairs, f"round{index}: teacher", (config.seed, "teacher", index))
+        kl, token_records = watch(work.model, work.protocol, rollouts, pairs, config, work.stop)
+        folder.save_trajectories(f"{name}.kl", token_records)
+        diagnostics = round(time.monotonic() - began, 1)
+        figures = {"pairs": counts, "privilege": privilege, "kl": kl, "diagnostic_seconds": diagnostics}
 
-    began = time.monotonic()
+    keeper = work.keeper(folder, stage, summary, resumed)
+    if resumed is None:
+        keeper.figures = {"stage": figures, "chosen": chosen}
     steps = stage.steps(ofsd_steps(pairs, settings))
     with work.progress.task(f"round{index}: OFSD", steps) as advance:
+        advance(keeper.steps)
         result = train_ofsd(
             work.model, work.tokenizer, work.protocol, pairs, config,
             run_seed=config.seed, round_index=index, output_dir=folder.path / "checkpoints",
-            on_step=lambda record: (folder.log(record), advance(1)),
-            deadline=stage.deadline(spent=rolled), limit=steps, tracked=Tracked(config, folder.path, name),
+            on_step=lambda record: (folder.log(record), advance(1)), tracked=Tracked(config, folder.path, name),
+            deadline=stage.deadline(rolled + keeper.spent), limit=steps, keeper=keeper, stop=work.stop,
         )  # fmt: skip
-    figures = {"pairs": counts, "privilege": privilege, "kl": kl, "diagnostic_seconds": round(diagnostics, 1)}
-    return rolled + time.monotonic() - began, figures | result | {"rollout_seconds": rolled}
+    return rolled + keeper.seconds, keeper.figures["stage"] | result | {"rollout_seconds": rolled}
 
 
 def compare_teacher(

@@ -21,11 +21,13 @@ from trl import GRPOConfig, GRPOTrainer
 
 from searche1_lite.benchmarks import check_enough
 from searche1_lite.config import Config
+from searche1_lite.interrupt import Stop
 from searche1_lite.logprobs import completion_hidden, token_logprobs
 from searche1_lite.microbatch import micro_batches
 from searche1_lite.model import compute_context, compute_dtype, drop_adapter, keep_adapter_fp32, use_adapter
 from searche1_lite.seeding import derive_seed
 from searche1_lite.tracking import Tracked, figures_of, reporting, reporting_arguments
+from searche1_lite.training_state import ResumableTrainer, StageKeeper, saving_arguments, train
 from searche1_lite.trajectory import Question, Trajectory
 
 REFERENCE = "ref"
@@ -38,9 +40,16 @@ Answer = Callable[[Sequence[Question], int, Sequence[int | str]], list[Trajector
 
 
 def trainer_arguments(
-    model: PeftModel, config: Config, *, seed: int, output_dir: Path, steps: int, tracked: Tracked | None = None
+    model: PeftModel,
+    config: Config,
+    *,
+    seed: int,
+    output_dir: Path,
+    steps: int,
+    tracked: Tracked | None = None,
+    keeper: StageKeeper | None = None,
 ) -> dict[str, Any]:
-    """Arguments that both stages' trainers share: one process, no saving, constant rate after warm-up."""
+    """Arguments that both stages' trainers share: one process, a constant rate after warm-up."""
     return {
         "output_dir": str(output_dir),
         "seed": seed % 2**31,
@@ -48,7 +57,6 @@ def trainer_arguments(
         "lr_scheduler_type": "constant_with_warmup",
         "weight_decay": 0.0,
         "logging_steps": 1,
-        "save_strategy": "no",
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "gradient_checkpointing": config.model.gradient_checkpointing,
@@ -57,6 +65,8 @@ def trainer_arguments(
         "dataloader_pin_memory": model.device.type != "cpu",
         "temperature": config.engine.temperature,
         "max_completion_length": config.protocol.max_completion_tokens,
+        "shuffle_dataset": False,  # the order is ours: the place in it is the step
+        **saving_arguments(keeper),
         **reporting_arguments(tracked),
     }
 
@@ -70,6 +80,7 @@ class StepReporter(TrainerCallback):
         describe: turns TRL's log of one step into our record.
         deadline: `time.monotonic()`; the step in which it passes is the last (so at least one is done). None: no limit.
         limit: steps after which it stops too; None: no limit.
+        keeper: notes each step that is done.
     """
 
     def __init__(
@@ -78,8 +89,10 @@ class StepReporter(TrainerCallback):
         on_step: OnStep,
         deadline: float | None,
         limit: int | None,
+        keeper: StageKeeper | None = None,
     ) -> None:
         self._describe, self._on_step, self._deadline, self._limit = describe, on_step, deadline, limit
+        self._keeper = keeper
         self._began = time.monotonic()
         self.steps = 0
 
@@ -98,9 +111,12 @@ class StepReporter(TrainerCallback):
             record = {"step": state.global_step, **self._describe(logs), "seconds": round(seconds, 3)}
             self._on_step(record)
             logs |= figures_of(record)
+            state.log_history[-1] |= logs  # a resumed stage tells it again
+            if self._keeper is not None:
+                self._keeper.note(state.global_step)
 
 
-class RolloutGRPOTrainer(GRPOTrainer):
+class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
     """TRL's trainer with one optimizer step as one batch of its own, which is worked off in micro-batches.
 
     Only model-written tokens are projected onto the vocabulary. Groups whose rewards are all equal have no advantage:
@@ -112,8 +128,8 @@ class RolloutGRPOTrainer(GRPOTrainer):
     logprobs: torch.Tensor
     """(B, C) those log-probs, as the last pass found them."""
 
-    def __init__(self, *args: Any, micro_batch_tokens: int, **kwargs: Any) -> None:
-        self._micro_batch_tokens = micro_batch_tokens
+    def __init__(self, *args: Any, micro_batch_tokens: int, stop: Stop, **kwargs: Any) -> None:
+        self._micro_batch_tokens, self._stop = micro_batch_tokens, stop
         super().__init__(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -144,6 +160,7 @@ class RolloutGRPOTrainer(GRPOTrainer):
         total = torch.zeros((), device=lengths.device)
         figures, sums, tokens = self._metrics["train"], defaultdict[str, float](float), 0
         for batch in micro_batches(lengths[trained].tolist(), self._micro_batch_tokens):
+            self._stop.check()
             self._metrics["train"] = defaultdict(list)
             with self.compute_loss_context_manager():
                 loss = self._compute_loss(model, rows_of(inputs, trained[batch])) * (len(batch) / len(lengths))
@@ -216,6 +233,8 @@ def train_grpo(
     deadline: float | None = None,
     limit: int | None = None,
     tracked: Tracked | None = None,
+    keeper: StageKeeper | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """One GRPO stage; the trained adapter is changed in place.
 
@@ -227,19 +246,25 @@ def train_grpo(
         deadline: `time.monotonic()` after which the stage ends early.
         limit: optimizer steps, at least 1, after which it ends early.
         tracked: the stage as TensorBoard, trackio and wandb know it; None: they are told nothing.
+        keeper: keeps the training on disk, and knows where it goes on; None: nobody does.
+        stop: looked at between passes.
 
     Returns:
         `{"steps", "rollout_seconds"}`.
 
     Raises:
         UserError: if there are fewer questions than one step takes.
+        Interrupted: if it was stopped.
     """
     stage = config.grpo
     if stage.steps == 0:
         return {"steps": 0, "rollout_seconds": 0.0}
     check_enough(questions, stage)
     seed = derive_seed(run_seed, "grpo", round_index)
-    latest: dict[str, Any] = {"seconds": 0.0, "total": 0.0, "trajectories": []}
+    order = question_order(len(questions), stage.questions_per_step, stage.steps, seed % 2**31)
+    figures = {"rollout_seconds": 0.0} if keeper is None else keeper.figures
+    figures.setdefault("rollout_seconds", 0.0)
+    latest: dict[str, Any] = {"seconds": 0.0, "trajectories": []}
 
     def roll(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
         began = time.monotonic()
@@ -249,7 +274,7 @@ def train_grpo(
             raise RuntimeError("TRL no longer passes each prompt group_size times in a row; pin trl<1.17")
         trajectories = answer(asked, size, (run_seed, "grpo", round_index, trainer.state.global_step))
         latest["trajectories"], latest["seconds"] = trajectories, time.monotonic() - began
-        latest["total"] += latest["seconds"]
+        figures["rollout_seconds"] += latest["seconds"]
         if on_rollouts is not None:
             on_rollouts(trajectories)
         kept = [t.logprobs for t in trajectories]
@@ -282,9 +307,11 @@ def train_grpo(
             "learning_rate": logs.get("learning_rate"),
         }
 
-    reporter = StepReporter(describe, on_step, deadline, limit)
+    reporter = StepReporter(describe, on_step, deadline, limit, keeper)
     arguments = GRPOConfig(
-        **trainer_arguments(model, config, seed=seed, output_dir=output_dir, steps=stage.steps, tracked=tracked),
+        **trainer_arguments(
+            model, config, seed=seed, output_dir=output_dir, steps=stage.steps, tracked=tracked, keeper=keeper
+        ),
         loss_type="grpo",
         scale_rewards="group",
         epsilon=stage.clip,
@@ -303,22 +330,35 @@ def train_grpo(
                 model=model,
                 reward_funcs=exact_match_reward,
                 args=arguments,
-                train_dataset=Dataset.from_dict({"prompt": [str(index) for index in range(len(questions))]}),
+                train_dataset=Dataset.from_dict({"prompt": [str(index) for index in order]}),
                 processing_class=tokenizer,
                 callbacks=[reporter],
                 rollout_func=roll,
                 micro_batch_tokens=stage.micro_batch_tokens,
+                stop=stop or Stop(),
             )
         for name, parameter in model.named_parameters():
             if f".{REFERENCE}." in name:
                 parameter.requires_grad_(False)
         drop_printer(trainer)
         with reporting(trainer, tracked):
-            trainer.train()
+            train(trainer, keeper)
     finally:
         drop_adapter(model, REFERENCE)
         model.eval()
-    return {"steps": reporter.steps, "rollout_seconds": round(latest["total"], 3)}
+    return {"steps": reporter.steps, "rollout_seconds": round(figures["rollout_seconds"], 3)}
+
+
+def question_order(count: int, batch: int, steps: int, seed: int) -> list[int]:
+    """Which of `count` questions each step takes, `batch` a step: all of them in a random order, then in another one.
+
+    What is left over of an order and makes no batch is left out, as TRL does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < steps * batch:
+        order += torch.randperm(count, generator=generator).tolist()[: count - count % batch]
+    return order[: steps * batch]
 
 
 def drop_printer(trainer: Any) -> None:

@@ -25,6 +25,7 @@ from trl.trainer.utils import pad
 from searche1_lite.config import Config, OFSDStageConfig
 from searche1_lite.divergence import divergence
 from searche1_lite.grpo import OnStep, StepReporter, drop_printer, rows_of, trainer_arguments
+from searche1_lite.interrupt import Stop
 from searche1_lite.logprobs import completion_hidden, token_logprobs
 from searche1_lite.microbatch import micro_batches
 from searche1_lite.model import compute_context, drop_adapter, keep_adapter_fp32, snapshot_adapter, use_adapter
@@ -32,6 +33,7 @@ from searche1_lite.pairs import Pair, teacher_prompts
 from searche1_lite.protocol import Protocol
 from searche1_lite.seeding import derive_seed
 from searche1_lite.tracking import Tracked, reporting
+from searche1_lite.training_state import ResumableTrainer, StageKeeper, train
 from searche1_lite.trajectory import Trajectory
 
 TEACHER = "teacher"
@@ -61,11 +63,13 @@ def as_teacher(model: PeftModel, kind: str) -> Iterator[None]:
         yield
 
 
-class OFSDTrainer(DistillationTrainer):
+class OFSDTrainer(ResumableTrainer, DistillationTrainer):
     """TRL's distillation trainer on stored trajectories: nothing is generated, and the teacher has its own prompt."""
 
-    def __init__(self, *args: Any, rows: Sequence[dict[str, Any]], settings: Any, **kwargs: Any) -> None:
-        self._rows, self._settings = rows, settings
+    def __init__(
+        self, *args: Any, rows: Sequence[dict[str, Any]], settings: OFSDStageConfig, stop: Stop, **kwargs: Any
+    ) -> None:
+        self._rows, self._settings, self._stop = rows, settings, stop
         super().__init__(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -132,6 +136,7 @@ class OFSDTrainer(DistillationTrainer):
         trained = inputs["loss_mask"].any(dim=1).nonzero().flatten()
         total = torch.zeros((), device=lengths.device)
         for batch in micro_batches(lengths[trained].tolist(), self._settings.micro_batch_tokens):
+            self._stop.check()
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, rows_of(inputs, trained[batch]))
             self.accelerator.backward(loss)
@@ -178,15 +183,22 @@ def train_ofsd(
     deadline: float | None = None,
     limit: int | None = None,
     tracked: Tracked | None = None,
+    keeper: StageKeeper | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """One OFSD stage; the trained adapter is changed in place, the snapshot is dropped at the end.
 
     Args:
         deadline: `time.monotonic()` after which the stage ends early.
         limit: optimizer steps, at least 1, after which it ends early.
+        keeper: keeps the training on disk, and knows where it goes on; None: nobody does.
+        stop: looked at between passes.
 
     Returns:
         `{"steps"}`: updates done; none without pairs, or with one alone for a foreign reference.
+
+    Raises:
+        Interrupted: if it was stopped.
     """
     stage = config.ofsd
     steps = ofsd_steps(pairs, stage)
@@ -207,14 +219,15 @@ def train_ofsd(
             "learning_rate": logs.get("learning_rate"),
         }
 
-    reporter = StepReporter(describe, on_step, deadline, limit)
+    reporter = StepReporter(describe, on_step, deadline, limit, keeper)
     arguments = DistillationConfig(
-        **trainer_arguments(model, config, seed=seed, output_dir=output_dir, steps=steps, tracked=tracked),
+        **trainer_arguments(
+            model, config, seed=seed, output_dir=output_dir, steps=steps, tracked=tracked, keeper=keeper
+        ),
         per_device_train_batch_size=stage.batch_size,
         learning_rate=stage.learning_rate,
         warmup_steps=round(stage.warmup_ratio * steps),
         max_grad_norm=stage.max_grad_norm,
-        shuffle_dataset=False,
     )
     snapshot_adapter(model, TEACHER)
     try:
@@ -230,10 +243,11 @@ def train_ofsd(
                 callbacks=[reporter],
                 rows=training_rows(protocol, pairs, config),
                 settings=stage,
+                stop=stop or Stop(),
             )
         drop_printer(trainer)
         with reporting(trainer, tracked):
-            trainer.train()
+            train(trainer, keeper)
     finally:
         drop_adapter(model, TEACHER)
         model.eval()

@@ -7,7 +7,7 @@ number of steps since they were asked for, never on how fast they came: so a run
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -150,6 +150,7 @@ def rollout(
     prompts: Sequence[list[int]] | None = None,
     on_progress: Callable[[int], None] | None = None,
     on_token: Callable[[Episode, int], None] | None = None,
+    check: Callable[[], None] | None = None,
     episode: Callable[..., Episode] = Episode,
     times: RolloutTimes | None = None,
 ) -> list[Trajectory]:
@@ -166,6 +167,7 @@ def rollout(
         on_progress: told the number of episodes finished since it was last called.
         on_token: told each token that the policy writes, as it writes it, before anything follows from it. What it
             raises ends the rollout; nothing is kept of it, and model and retriever can be used again.
+        check: called before each step, and while passages are waited for. What it raises ends the rollout too.
         episode: makes an episode, to be replaced where a benchmark writes the script or someone watches.
         times: where the time spent is added up, by part.
     """
@@ -205,7 +207,7 @@ def rollout(
                 greedy=greedy,
                 logprobs=logprobs,
             )
-            _Play(decoder, retriever, k, rows, cpu, times, on_progress, on_token).run(seats)
+            _Play(decoder, retriever, k, rows, cpu, times, on_progress, on_token, check).run(seats)
             del decoder
     finally:
         model.train(was_training)
@@ -253,7 +255,9 @@ class _Play:
         times: RolloutTimes,
         on_progress: Callable[[int], None] | None,
         on_token: Callable[[Episode, int], None] | None,
+        check: Callable[[], None] | None,
     ) -> None:
+        self._check = check
         self._decoder, self._retriever, self._k = decoder, retriever, k
         self._in_step, self._times = in_step, times
         self._on_progress, self._on_token = on_progress, on_token
@@ -267,6 +271,8 @@ class _Play:
         self._queue.extend(seats)
         try:
             while self._queue or any(self._at):
+                if self._check is not None:
+                    self._check()
                 self._go_on()
         finally:
             for asked in self._asked:
@@ -299,10 +305,16 @@ class _Play:
         """Turns the passages that were found into replies."""
         for asked in arrived:
             with self._clock("search_wait"):
-                found = asked.found.result()
+                found = self._wait_for(asked.found)
             self._asked.remove(asked)
             for (seat, action, turn), passages in zip(asked.turns, found, strict=True):
                 self._reply(seat, action, turn, passages)
+
+    def _wait_for(self, found: "Future[list[list[Passage]]]") -> list[list[Passage]]:
+        """What was found; a search that hangs does not keep anyone from stopping."""
+        while self._check is not None and wait([found], timeout=1.0).not_done:
+            self._check()
+        return found.result()
 
     def _read(self) -> None:
         """Gives free slots to new episodes, and has their prompts and all replies read."""

@@ -14,14 +14,15 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout, suppress
+from copy import copy
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from searche1_lite.checkpoint import write_atomically
 from searche1_lite.config import Config, LoggingConfig
 from searche1_lite.errors import UserError
+from searche1_lite.sealed_folder import write_atomically
 from searche1_lite.search.progress import say_on_stderr
 
 if TYPE_CHECKING:
@@ -191,12 +192,31 @@ def reporting(trainer: "Trainer", tracked: Tracked | None) -> Iterator[None]:
     from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
     with _closing(tracked.opened()) as writer:
+        callbacks = []
         for kind in get_reporting_integration_callbacks(tracked.report_to):
             callback = trainer.pop_callback(kind)
             if isinstance(callback, TensorBoardCallback):
                 callback.tb_writer = writer
             trainer.add_callback(callback)
+            callbacks.append(callback)
+        trainer.add_callback(_retelling(callbacks))
         yield
+
+
+def _retelling(callbacks: Sequence[Any]) -> Any:
+    """What tells `callbacks`, as training begins, all that a stage that is resumed had logged: theirs is a new run."""
+    from transformers import TrainerCallback
+
+    class Retelling(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            for entry in state.log_history:
+                then = copy(state)
+                then.global_step = entry["step"]
+                for callback in callbacks:
+                    logs = {name: value for name, value in entry.items() if name != "step"}
+                    callback.on_log(args, then, control, logs=logs, **rest)
+
+    return Retelling()
 
 
 def report_evaluations(config: Config, folder: Path, stages: Sequence[dict[str, Any]]) -> None:

@@ -10,10 +10,11 @@ import torch
 from conftest import fresh_policy
 from peft import PeftModel, get_peft_model_state_dict
 
-from searche1_lite.checkpoint import RunFolder, check_adapter_folder, write_atomically
+from searche1_lite.checkpoint import RunFolder, check_adapter_folder
 from searche1_lite.config import Config, load_config
 from searche1_lite.errors import UserError
-from searche1_lite.model import load_adapter_weights
+from searche1_lite.model import load_adapter_weights, save_adapter
+from searche1_lite.sealed_folder import write_atomically
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_a_fresh_folder_is_made_and_holds_the_whole_config(tmp_path: Path, exist
     folder = RunFolder(path, config, resume).start()
     assert load_config(file=path / "config.yaml") == config
     assert folder.latest() is None
-    assert {item.name for item in path.iterdir()} == {"config.yaml", "checkpoints", "trajectories"}
+    assert {item.name for item in path.iterdir()} == {".lock", "config.yaml", "checkpoints", "trajectories"}
 
 
 def test_a_run_is_not_begun_again_without_resume(tmp_path: Path) -> None:
@@ -84,6 +85,7 @@ def test_a_run_with_the_same_settings_is_resumed_and_keeps_what_it_has(tmp_path:
     folder = RunFolder(tmp_path / "run", config, resume=False).start()
     folder.log({"step": 1})
     folder.save_summary(summary_of("base"))
+    folder.release()
     before = tree(tmp_path)
     RunFolder(tmp_path / "run", load_config("demo"), resume=True).start().log({"step": 2})
     after = tree(tmp_path)
@@ -130,7 +132,7 @@ def test_a_checkpoint_comes_back_with_its_summary_and_bit_equal_weights(tmp_path
     saved, summary = move(policy), summary_of("base")
     folder.save_checkpoint("base", policy, summary)
     assert not equal(move(policy), saved)
-    latest = RunFolder(tmp_path / "run", Config(), resume=True).start().latest()
+    latest = RunFolder(tmp_path / "run", Config(), resume=True).latest()
     assert latest == (tmp_path / "run" / "checkpoints" / "base", summary)
     load_adapter_weights(policy, latest[0])
     assert equal(weights(policy), saved)
@@ -169,7 +171,7 @@ def test_what_an_interrupted_save_left_is_ignored_and_then_replaced(tmp_path: Pa
     staging = checkpoints / ".round1.grpo.staging"
     (checkpoints / "round1.grpo").rename(staging)
     (staging / "leftover").write_text("of the interrupted save")
-    resumed = RunFolder(tmp_path / "run", Config(), resume=True).start()
+    resumed = RunFolder(tmp_path / "run", Config(), resume=True)
     assert resumed.latest() == (checkpoints / "base", summary_of("base"))
 
     # As if it went down while the summary was being written.
@@ -187,6 +189,99 @@ def test_what_an_interrupted_save_left_is_ignored_and_then_replaced(tmp_path: Pa
     assert equal(weights(policy), saved)
 
 
+def test_what_an_interrupted_save_left_goes_when_the_run_goes_on(tmp_path: Path, policy: PeftModel) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    folder.save_checkpoint("base", policy, summary_of("base"))
+    folder.release()
+    left = tmp_path / "run" / "checkpoints" / ".round1.grpo.staging"
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "base", left)
+    RunFolder(tmp_path / "run", Config(), resume=True).start()
+    assert [item.name for item in left.parent.iterdir()] == ["base"]
+
+
+def within(step: int) -> dict[str, Any]:
+    return {"stage": "round1.grpo", "step": step}
+
+
+def save_within(folder: RunFolder, policy: PeftModel, step: int) -> None:
+    state = summary_of("base") | {"within": within(step)}
+    folder.save_within("round1.grpo", step, lambda place: save_adapter(policy, place), state)
+
+
+def names(folder: RunFolder) -> set[str]:
+    return {item.name for item in (folder.path / "checkpoints").iterdir()}
+
+
+def test_within_a_stage_the_last_two_are_kept_and_none_once_the_stage_is_done(
+    tmp_path: Path, policy: PeftModel
+) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    folder.save_checkpoint("base", policy, summary_of("base"))
+    for step in (8, 9, 10, 11):  # by number, not by name
+        save_within(folder, policy, step)
+        latest = folder.latest()
+        assert latest is not None and latest[1]["within"] == within(step)
+    assert names(folder) == {"base", "round1.grpo.step-10", "round1.grpo.step-11"}
+    folder.save_checkpoint("round1.grpo", policy, summary_of("base", "round1.grpo"))
+    assert names(folder) == {"base", "round1.grpo"}
+
+
+def test_of_the_stages_the_last_ones_and_the_best_are_kept(tmp_path: Path, policy: PeftModel) -> None:
+    folder = RunFolder(tmp_path / "run", load_config(overrides=["checkpoint.keep_stages=2"]), resume=False).start()
+    stages: list[dict[str, Any]] = []
+    figures = {"base": 0.1, "round1.grpo": 0.9, "round1.ofsd": 0.3, "round2.grpo": 0.4, "round2.ofsd": 0.2}
+    for name, em in figures.items():
+        stages.append({"name": name, "em": em})
+        folder.save_checkpoint(name, policy, {"stages": stages})
+        folder.update_checkpoint(name, {"stages": stages})
+    assert names(folder) == {"round1.grpo", "round2.grpo", "round2.ofsd"}
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "a byte":
+        place = len(content) // 2
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    elif how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) * int(how) // 100])
+
+
+@pytest.mark.parametrize("how", ["0", "50", "99", "a byte", "gone"])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "state.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
+    tmp_path: Path, policy: PeftModel, capsys: pytest.CaptureFixture[str], name: str, how: str
+) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    folder.save_checkpoint("base", policy, summary_of("base"))
+    save_within(folder, policy, 3)
+    save_within(folder, policy, 4)
+    damaged = folder.path / "checkpoints" / "round1.grpo.step-4" / name
+    damage(damaged, how)
+    latest = folder.latest()
+    assert latest is not None and latest[1]["within"] == within(3)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and str(damaged) in told and "going on from round1.grpo.step-3" in told
+
+    damage(folder.path / "checkpoints" / "round1.grpo.step-3" / name, how)
+    assert folder.latest() == (folder.path / "checkpoints" / "base", summary_of("base"))
+    before = tree(folder.path)
+    damage(folder.path / "checkpoints" / "base" / name, how)
+    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+        folder.latest()
+    assert before.keys() >= tree(folder.path).keys(), "nothing is thrown away or begun again"
+
+
+def test_a_second_process_is_kept_from_a_run_that_is_at_work(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    for refused in (RunFolder.claim, RunFolder.start):
+        with pytest.raises(UserError, match="another process is at the run"):
+            refused(RunFolder(tmp_path / "run", Config(), resume=True))
+    first.release()
+    RunFolder(tmp_path / "run", Config(), resume=True).start()
+
+
 def test_a_save_that_fails_half_way_leaves_the_earlier_checkpoint_as_it_was(tmp_path: Path, policy: PeftModel) -> None:
     folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
     folder.save_checkpoint("base", policy, summary_of("base"))
@@ -194,6 +289,7 @@ def test_a_save_that_fails_half_way_leaves_the_earlier_checkpoint_as_it_was(tmp_
     with pytest.raises(TypeError):
         folder.save_checkpoint("base", policy, {"stages": [object()]})  # the adapter is written, the summary cannot be
     assert tree(tmp_path / "run" / "checkpoints" / "base") == before
+    assert names(folder) == {"base"}, "its room is given back"
     assert folder.latest() == (tmp_path / "run" / "checkpoints" / "base", summary_of("base"))
 
 
@@ -213,6 +309,30 @@ def test_summary_and_trajectories_are_written_as_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary_of("base")
     lines = (tmp_path / "run" / "trajectories" / "base.evaluation.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"answer": "Où?"}, {"answer": None}]
+
+
+def test_answers_kept_in_parts_are_found_as_far_as_they_go(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    assert folder.begun_answers("base.evaluation", "one") == ([], 0.0)
+    folder.add_answers("base.evaluation", "one", ANSWERS, 1.0)
+    part = tmp_path / "run" / "trajectories" / "base.evaluation.part"
+    with part.open("a") as file:
+        file.write('{"answer": "cut')  # by a process that died over it
+    folder.add_answers("base.evaluation", "one", ANSWERS[:1], 2.5)
+    assert folder.begun_answers("base.evaluation", "one") == ([*ANSWERS, ANSWERS[0]], 2.5)
+    assert folder.begun_answers("base.evaluation", "two") == ([], 0.0)
+    part.write_bytes(part.read_bytes()[:-1])
+    assert folder.begun_answers("base.evaluation", "one") == ([], 0.0), "some of it is lost"
+    folder.keep_answers("base.evaluation", "one", ANSWERS, 3.0)
+    assert not part.exists()
+
+
+def test_answers_cut_off_after_they_were_kept_are_not_taken_for_all(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    folder.keep_answers("base.evaluation", "one", ANSWERS, 1.0)
+    file = tmp_path / "run" / "trajectories" / "base.evaluation.jsonl"
+    file.write_bytes(file.read_bytes().splitlines(keepends=True)[0])
+    assert folder.kept_answers("base.evaluation", "one") is None
 
 
 ANSWERS = [{"answer": "Où?"}, {"answer": None}]

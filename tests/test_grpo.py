@@ -23,13 +23,20 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from searche1_lite import grpo
 from searche1_lite import model as model_module
 from searche1_lite.config import Config, EngineConfig, GRPOStageConfig, ModelConfig, OFSDStageConfig
 from searche1_lite.engine import Decoder
 from searche1_lite.errors import UserError
-from searche1_lite.grpo import RolloutGRPOTrainer, exact_match_reward, train_grpo, trainer_arguments
+from searche1_lite.grpo import (
+    RolloutGRPOTrainer,
+    exact_match_reward,
+    question_order,
+    train_grpo,
+    trainer_arguments,
+)
 from searche1_lite.logprobs import token_logprobs
 from searche1_lite.model import keep_adapter_fp32, load_policy, save_adapter
 from searche1_lite.ofsd import train_ofsd
@@ -556,3 +563,10 @@ def test_no_log_probs_of_an_older_policy_are_computed(talker, tmp_path: Path, mo
     trained_on(talker, tmp_path, [MIXED + EQUAL] * 2, kl_coefficient=0.1)
     assert [len(batch["prompt_ids"]) for batch in batches] == [8, 8], "a whole step at a time"
     assert all(batch.get("old_per_token_logps") is None and "ref_per_token_logps" not in batch for batch in batches)
+
+
+@pytest.mark.parametrize(("count", "batch", "steps"), [(7, 3, 5), (12, 4, 3), (5, 5, 4)])
+def test_questions_come_in_the_order_in_which_trl_would_shuffle_them(count: int, batch: int, steps: int) -> None:
+    sampler = RepeatSampler(range(count), mini_repeat_count=1, batch_size=batch, shuffle=True, seed=11)
+    trl = [index for _ in range(steps) for index in sampler][: steps * batch]
+    assert question_order(count, batch, steps, 11) == trl

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,6 +141,36 @@ def test_a_run_that_lost_its_last_stages_comes_to_the_same_end(folder: Path) -> 
         for path in (folder / "run", again)
     ]
     assert adapters[0] == adapters[1]
+
+
+def steps_told(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return sum('"step"' in line for line in path.read_text().splitlines()) if path.is_file() else 0
+
+
+def test_ctrl_c_and_sigterm_keep_the_steps_done_and_say_how_to_go_on(folder: Path) -> None:
+    words = ["train", "--preset", "demo", "--out", "stopped", "--resume", *SETTINGS]
+    run = folder / "stopped"
+    for signum, at in ((signal.SIGINT, 1), (signal.SIGTERM, 5)):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "searche1_lite", *words], cwd=folder, stderr=subprocess.PIPE, text=True
+        )
+        while steps_told(run) < at:
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="another process is at the run"):
+            RunFolder(run, load_config("demo", None, SETTINGS), True).claim()
+        process.send_signal(signum)
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 128 + signum
+        assert told.rstrip().endswith("interrupted; what was done is kept, go on with --resume --out stopped")
+        assert "Traceback" not in told
+        done = steps_told(run)
+    resumed = command(*words, cwd=folder)
+    assert resumed.returncode == 0, resumed.stderr
+    assert steps_told(run) > done >= 5
+    last = Path("checkpoints") / STAGES[-1] / "adapter_model.safetensors"
+    assert (run / last).read_bytes() == (folder / "run" / last).read_bytes()
 
 
 def test_a_finished_run_prints_its_table_again_and_refuses_to_be_overwritten(folder: Path) -> None:

@@ -163,7 +163,7 @@ def common_stages(one: Config, other: Config) -> list[str]:
     """The stages that two runs have in common to the bit, in their order: up to the first one with other settings."""
 
     def whole_run(config: Config) -> dict[str, Any]:
-        return {k: v for k, v in asdict(config).items() if k not in ("rounds", "grpo", "ofsd", "logging")}
+        return {k: v for k, v in asdict(config).items() if k not in ("rounds", "grpo", "ofsd", "logging", "checkpoint")}
 
     if whole_run(one) != whole_run(other):
         return []

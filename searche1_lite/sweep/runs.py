@@ -19,9 +19,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from searche1_lite.checkpoint import RunFolder, write_atomically
+from searche1_lite.checkpoint import RunFolder
 from searche1_lite.errors import UserError
 from searche1_lite.schedule import next_stage
+from searche1_lite.sealed_folder import write_atomically
 from searche1_lite.sweep.compare import Outcome, compare
 from searche1_lite.sweep.plan import Plan, PlannedRun, common_stages
 

@@ -1,0 +1,135 @@
+"""A folder that is there whole or not at all, and that shows when something in it has changed since.
+
+It is written to a staging folder beside it, synced, and renamed. `state.json` is written last: it holds the size and
+checksum of every other file, and a checksum of itself.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SEAL = "state.json"
+
+
+class DamagedError(Exception):
+    """A sealed folder is not as it was written; says which file, and how."""
+
+
+def write_sealed(final: Path, write: Callable[[Path], None], state: dict[str, Any]) -> None:
+    """Makes the folder `final`, over an earlier one. If anything fails, that one stays, and no half of the new one.
+
+    Args:
+        write: puts the files into the folder that it is given.
+        state: goes into `state.json`.
+    """
+    staging = final.with_name(f".{final.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        write(staging)
+        files = {}
+        for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+            files[path.relative_to(staging).as_posix()] = _print_of(path)
+            sync(path)
+        (staging / SEAL).write_text(_sealed(state, files), encoding="utf-8")
+        sync(staging / SEAL)
+        for folder in [*(path for path in staging.rglob("*") if path.is_dir()), staging]:
+            sync(folder)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)  # on a full disk its room is needed
+        if "os error 28" in str(error):  # safetensors has an error of its own for it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final)) from error
+        raise
+    earlier = final.with_name(f".{final.name}.earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
+    if final.exists():
+        final.rename(earlier)
+    staging.rename(final)
+    sync(final.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def update_sealed(folder: Path, state: dict[str, Any]) -> None:
+    """Replaces the state of a folder that is there; its files are taken to be those it was sealed with."""
+    write_atomically(folder / SEAL, _sealed(state, _read_seal(folder)["files"]))
+
+
+def read_sealed(folder: Path, files: bool = True) -> dict[str, Any]:
+    """The state, after every file was found to be as it was sealed.
+
+    Args:
+        files: look at all files; else only at the state itself.
+
+    Raises:
+        DamagedError: if one is missing, cut off or changed.
+    """
+    seal = _read_seal(folder)
+    for name, known in seal["files"].items() if files else ():
+        path = folder / name
+        try:
+            found = _print_of(path)
+        except OSError as error:
+            raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
+        if found["bytes"] != known["bytes"]:
+            raise DamagedError(f"{path} has {found['bytes']} of its {known['bytes']} bytes")
+        if found["sha256"] != known["sha256"]:
+            raise DamagedError(f"{path} has changed since it was written (its checksum differs)")
+    return seal["state"]
+
+
+def remove_sealed(folder: Path) -> None:
+    """Removes it so that no half of it is ever taken for one that is damaged."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    staging = path.with_name(f".{path.name}.staging")
+    try:
+        staging.write_text(text, encoding="utf-8")
+        sync(staging)
+        staging.replace(path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _print_of(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sealed(state: dict[str, Any], files: dict[str, Any]) -> str:
+    content = {"state": state, "files": files}
+    return json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_seal(folder: Path) -> dict[str, Any]:
+    path = folder / SEAL
+    try:
+        seal = json.loads(path.read_text(encoding="utf-8"))
+        known = seal.pop("sha256")
+        if known != _digest(seal) or seal.keys() != {"state", "files"}:
+            raise DamagedError(f"{path} has changed since it was written (its checksum differs)")
+    except (OSError, ValueError, AttributeError, KeyError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged or cut off") from error
+    return seal

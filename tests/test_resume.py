@@ -1,0 +1,146 @@
+"""A run that is stopped anywhere and resumed comes to the same end as one that was not, bit for bit."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from searche1_lite import evolve
+from searche1_lite.checkpoint import RunFolder
+from searche1_lite.config import Config, load_config
+from searche1_lite.console import RichTasks
+from searche1_lite.interrupt import Interrupted, Stop
+
+SETTINGS = [
+    "rounds=1",
+    "engine.batch_size=4",  # 16 times as many episodes are a part of the rollouts: 12 of 14 questions
+    "grpo.steps=3",
+    "grpo.questions_per_step=4",
+    "grpo.micro_batch_tokens=400",
+    "ofsd.questions=14",
+    "ofsd.batch_size=4",
+    "ofsd.micro_batch_tokens=400",
+    "data.evaluation_limit=12",
+    "seed=3",
+]
+TIMES = (
+    "seconds",
+    "evaluation_seconds",
+    "diagnostic_seconds",
+    "rollout_seconds",
+    "tokens_per_second",
+    "peak_memory_mb",
+)
+
+
+class Tasks(RichTasks):
+    """Progress that knows which task is going on."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.now = "between"
+
+    @contextmanager
+    def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        self.now = name
+        with super().task(name, total) as advance:
+            yield advance
+        self.now = "between"
+
+
+class KeepsAll(RunFolder):
+    """A run's folder from which no checkpoint goes, to be compared."""
+
+    def drop_within(self, name: str) -> None:
+        pass
+
+
+def play(path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[str]:
+    """Runs to the end, or to the `stop_at`th point where a run can be stopped, where a SIGTERM comes.
+
+    Returns:
+        The task that was going on at each such point.
+    """
+    tasks, points = Tasks(), []
+
+    class Counting(Stop):
+        def check(self) -> None:
+            points.append(tasks.now)
+            if len(points) == stop_at:
+                signal.raise_signal(signal.SIGTERM)
+            super().check()
+
+    monkeypatch.setattr(evolve, "Stop", Counting)
+    folder = KeepsAll(path, config, resume=True)
+    if stop_at is None:
+        evolve.run(config, folder, tasks)
+    else:
+        with pytest.raises(Interrupted) as caught:
+            evolve.run(config, folder, tasks)
+        assert caught.value.exit_code == 143 and len(points) == stop_at
+    return points
+
+
+def timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: timeless(inner) for key, inner in value.items() if key not in TIMES}
+    return [timeless(inner) for inner in value] if isinstance(value, list) else value
+
+
+def results(path: Path) -> dict[str, Any]:
+    """All that a run comes to, times left out: file by file, byte by byte where no times are in it."""
+    found: dict[str, Any] = {}
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if file.suffix == ".safetensors" and "step-" not in name:
+            found[name] = file.read_bytes()
+        elif file.suffix == ".jsonl":
+            found[name] = [timeless(json.loads(line)) for line in file.read_text().splitlines()]
+        elif name == "summary.json":
+            found[name] = timeless(json.loads(file.read_text()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        path = tmp_path_factory.mktemp("unbroken") / "run"
+        config = load_config("demo", None, [*SETTINGS, "checkpoint.every_steps=1"])
+        return path, play(path, config, monkeypatch)
+
+
+POINTS = [
+    ("base: evaluate", 0.3),
+    ("base: evaluate", 0.9),
+    ("round1: GRPO", 0.02),
+    ("round1: GRPO", 0.3),
+    ("round1: GRPO", 0.62),
+    ("round1: GRPO", 0.99),
+    ("round1.grpo: evaluate", 0.5),
+    ("round1: roll out", 0.1),
+    ("round1: roll out", 0.95),
+    ("round1: teacher (plain)", 0.5),
+    ("between", 0.6),
+    ("round1: OFSD", 0.0),
+    ("round1: OFSD", 0.5),
+    ("round1: OFSD", 0.99),
+    ("round1.ofsd: evaluate", 0.4),
+]
+
+
+@pytest.mark.parametrize(("task", "place"), POINTS)
+def test_a_run_stopped_anywhere_and_resumed_comes_to_the_same_end_bit_for_bit(
+    unbroken: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, place: float
+) -> None:
+    whole, points = unbroken
+    there = [index for index, name in enumerate(points, start=1) if name == task]
+    config = load_config("demo", None, [*SETTINGS, "checkpoint.every_steps=0"])
+    done = play(tmp_path / "run", config, monkeypatch, stop_at=there[int(place * len(there))])
+    again = play(tmp_path / "run", config, monkeypatch)
+    assert results(tmp_path / "run") == results(whole)
+    assert done[-1] == task
+    assert len(again) < len(points) or task == "base: evaluate", "what was done is not done again"
