@@ -307,9 +307,7 @@ def written(policy: Policy, monkeypatch: pytest.MonkeyPatch, rows: Sequence[Sequ
     model, tokenizer = policy
     width = max(map(len, rows))
     columns = iter(torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]).T)
-    monkeypatch.setattr(
-        searche1_lite.engine, "pick_tokens", lambda logits, *_: (next(columns)[: len(logits)], None)
-    )
+    monkeypatch.setattr(searche1_lite.engine, "pick_tokens", lambda logits, *_: (next(columns)[: len(logits)], None))
     decoder = Decoder(model, tokenizer, len(rows), width + 1, greedy=True)
     for slot, row in enumerate(rows):
         decoder.begin(slot, tokenizer.encode("Q")[0], len(row), None)
