@@ -11,12 +11,10 @@ from rich.text import Text
 
 from searche1_lite.ask import Answer, Asker, AskSettings, Comparison, Event, Found, Searched, Told, Wrote
 from searche1_lite.search.base import Passage
-from searche1_lite.sources import stands_at
+from searche1_lite.sources import picked_out
 from searche1_lite.terminal import one_line, plain_text
 
 _THINK, _BLOCKS = ("<think>", "</think>"), ("<search>", "<answer>")
-_SENTENCE = 300
-"""Characters of a sentence that are shown, around the answer."""
 
 
 def plain_console(stderr: bool = False) -> Console:
@@ -137,8 +135,7 @@ class AnswerView:
 def source_lines(answer: Answer) -> list[Text]:
     """The answer's sources, numbered, the answer picked out in its sentence; or that there are none."""
     if not answer.sources:
-        looked = "in no passage found does this answer stand" if answer.searches else "it did not search"
-        return [Text(f"  no source: {looked}", style="dim")]
+        return [Text(f"  no source: {why_no_source(answer)}", style="dim")]
     lines = []
     for source in answer.sources:
         line = Text(f"  [{source.number}] {one_line(source.title, 100)} ({one_line(source.id, 60)}): ")
@@ -148,15 +145,13 @@ def source_lines(answer: Answer) -> list[Text]:
 
 def _picked_out(answer: str, sentence: str) -> Text:
     """The sentence, or what is around the answer in a long one, with the answer in bold."""
-    start, end = stands_at(answer, sentence) or (0, 0)
-    room = max(0, _SENTENCE - (end - start)) // 2
-    before, after = sentence[max(0, start - room) : start], sentence[end : end + room]
-    parts = (
-        ("… " if start > room else "") + plain_text(before).replace("\n", " "),
-        (plain_text(sentence[start:end]).replace("\n", " "), "bold"),
-        plain_text(after).replace("\n", " ") + (" …" if end + room < len(sentence) else ""),
-    )
-    return Text.assemble(*parts)
+    before, match, after = (plain_text(part).replace("\n", " ") for part in picked_out(answer, sentence))
+    return Text.assemble(before, (match, "bold"), after)
+
+
+def why_no_source(answer: Answer) -> str:
+    """In words, of an answer without sources."""
+    return "in no passage found does this answer stand" if answer.searches else "it did not search"
 
 
 def figures(answer: Answer, settings: AskSettings) -> str:

@@ -177,6 +177,14 @@ def ask(
         bool, typer.Option("--show-trace", help="On stderr, all that is written and found, as it comes.")
     ] = False,
     as_json: AsJson = False,
+    web: Annotated[bool, typer.Option("--web", help="A page in the browser, with all that a session has.")] = False,
+    host: Annotated[
+        str, typer.Option(help="With --web: the address to be reached at; beyond this machine only with a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --web: the port; 0: a free one.")] = 8642,
+    token: Annotated[
+        str | None, typer.Option(help="With --web: what the page asks for; better given as SEARCHE1_LITE_TOKEN.")
+    ] = None,
     yes: Yes = False,
 ) -> None:
     """Answer a question, or many. Example: searche1-lite ask --preset demo "What is the mayor of Port Mitu?"
@@ -196,6 +204,11 @@ def ask(
         check_adapter_folder(adapter)
     elif compare:
         raise UserError("--compare holds an adapter beside the base; name one with --adapter")
+    if web:
+        if question is not None or compare or show_trace or as_json:
+            raise UserError("--web takes its questions on the page, and --compare is there; leave the rest out")
+        _ask_on_a_page(settings, adapter, yes, host, port, token)
+        return
     session = question is None and sys.stdin.isatty()
     if session and (as_json or compare or not sys.stdout.isatty()):
         raise UserError("a session is for a terminal and takes neither --json nor --compare; give a question or a pipe")
@@ -236,6 +249,22 @@ def ask(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     raise typer.Exit(0 if answered else 3)
+
+
+def _ask_on_a_page(
+    settings: "Config", adapter: Path | None, yes: bool, host: str, port: int, token: str | None
+) -> None:
+    from searche1_lite.serving import find_token, listen
+
+    place = listen(host, port, find_token(token))  # before the model is loaded, in which time it is not answered yet
+    try:
+        asker = _open_asker(settings, adapter, yes)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        raise typer.Exit(130) from None
+    from searche1_lite.web.app import serve_page
+
+    serve_page(asker, place)
 
 
 def _open_asker(settings: "Config", adapter: Path | None, yes: bool) -> "Asker":

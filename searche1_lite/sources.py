@@ -62,3 +62,20 @@ def sentence_around(text: str, start: int, end: int) -> str:
     first = max((place for place in ends if place <= start), default=0)
     last = min((place for place in ends if place >= end), default=len(text))
     return text[first:last].strip()
+
+
+def picked_out(answer: str, sentence: str, most: int = 300) -> tuple[str, str, str]:
+    """The sentence in three: before the answer, the answer as it stands there, after it.
+
+    Of a sentence of more than `most` characters, what is around the answer. White space and line breaks stay.
+    """
+    start, end = stands_at(answer, sentence) or (0, 0)
+    if sentence[:end].endswith((".", ",", ";", ":", "!", "?")) and sentence[end - 1] != answer.strip()[-1]:
+        end -= 1  # the sentence's own
+    room = max(0, most - (end - start)) // 2
+    before, after = sentence[max(0, start - room) : start], sentence[end : end + room]
+    return (
+        ("… " if start > room else "") + before,
+        sentence[start:end],
+        after + (" …" if end + room < len(sentence) else ""),
+    )
