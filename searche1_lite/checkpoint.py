@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from searche1_lite.config import Config, dump_config, flatten, load_config
 from searche1_lite.errors import UserError
 from searche1_lite.sealed_folder import (
+    SEAL,
     DamagedError,
     read_sealed,
     remove_sealed,
@@ -295,9 +296,14 @@ class RunFolder:
 
 
 def check_adapter_folder(folder: Path) -> None:
-    """Refuses a folder without an adapter, before the model is loaded for it."""
+    """Refuses a folder without an adapter, or a damaged checkpoint, before the model is loaded for it."""
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds no adapter (no adapter_config.json); give a folder written by `train`")
+    if (folder / SEAL).is_file():
+        try:
+            read_sealed(folder)
+        except DamagedError as error:
+            raise UserError(f"{error}; give another checkpoint", exit_code=1) from error
 
 
 def _copy(source: Path, to: Path) -> None:

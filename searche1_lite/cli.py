@@ -493,6 +493,28 @@ def report(
     typer.echo(str(write_report(folder, out, runs)))
 
 
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo, or an adapter's.", metavar="DIR")],
+    to: Annotated[Path, typer.Option(help="Where it goes; must be empty or not there.")],
+    stage: Annotated[str | None, typer.Option(help="One of the run's stages; default: its last.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="One bf16 model, instead of an adapter.")] = False,
+    push: Annotated[str | None, typer.Option(help="Also upload it to the hub, as owner/name.", metavar="REPO")] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: a new repository is not private.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Export what was trained, for other programs. Example: searche1-lite export runs/demo --to my-agent --merge"""
+    from searche1_lite.export import check_target, export_policy, find_source
+
+    find_source(folder, stage)  # faults are told before anything heavy is loaded
+    check_target(to, folder)
+    if public and push is None:
+        raise UserError("--public is for --push; name the repository with it")
+    quieten()
+    result = export_policy(folder, to, stage=stage, merge=merge, push=push, public=public, say=_say)
+    typer.echo(json.dumps(result) if as_json else result["address"] or result["folder"])
+
+
 def _settings(
     preset: str | None,
     config: Path | None,

@@ -30,6 +30,7 @@ from searche1_lite.config import Config
 from searche1_lite.diagnostics import WATCHED, watch
 from searche1_lite.divergence import try_losses
 from searche1_lite.engine import uses_shadow
+from searche1_lite.errors import UserError
 from searche1_lite.evaluate import evaluate
 from searche1_lite.grpo import train_grpo
 from searche1_lite.interrupt import Stop
@@ -37,6 +38,7 @@ from searche1_lite.model import adapter_digest, load_adapter_weights, load_polic
 from searche1_lite.ofsd import ofsd_steps, train_ofsd
 from searche1_lite.pairs import Pair, select_pairs, teacher_prompts
 from searche1_lite.protocol import Protocol
+from searche1_lite.reward import Reward, reward_name
 from searche1_lite.rollout import rollout
 from searche1_lite.samples import is_due, sample_table
 from searche1_lite.schedule import Stage, next_stage
@@ -58,6 +60,7 @@ class Run:
 
     Args:
         retriever: the search engine, if it is open already; or one that is being opened while the model is loaded.
+        reward: what GRPO rewards in the place of exact match.
     """
 
     def __init__(
@@ -66,8 +69,9 @@ class Run:
         progress: Progress,
         adapter: Path | None = None,
         retriever: "Retriever | Future[Retriever] | None" = None,
+        reward: Reward | None = None,
     ) -> None:
-        self.config, self.progress, self.stop = config, progress, Stop()
+        self.config, self.progress, self.reward, self.stop = config, progress, reward, Stop()
         retriever = retriever or open_retriever(config.search, progress=progress)
         self.model: PeftModel
         self.tokenizer: PreTrainedTokenizerBase
@@ -177,18 +181,22 @@ def run(
     folder: RunFolder,
     progress: Progress,
     questions: tuple[list[Question], list[Question]] | None = None,
+    retriever: Retriever | None = None,
+    reward: Reward | None = None,
 ) -> dict[str, Any]:
     """A whole run, from where `folder` is; returns the summary that it also keeps in `summary.json`.
 
     Args:
         questions: what `load_run_questions(config)` gave, if it was called already.
+        retriever: searched in the place of what `config.search` names.
+        reward: what GRPO rewards in the place of exact match; figures and OFSD's pairs stay by exact match.
 
     Raises:
         Interrupted: by Ctrl-C or SIGTERM; all that was done is kept.
         UserError: for what can be mended; so is then what was done.
     """
     try:
-        return _run(config, folder, progress, questions)
+        return _run(config, folder, progress, questions, retriever, reward)
     finally:
         folder.release()
 
@@ -198,10 +206,12 @@ def _run(
     folder: RunFolder,
     progress: Progress,
     questions: tuple[list[Question], list[Question]] | None,
+    retriever: Retriever | None,
+    reward: Reward | None,
 ) -> dict[str, Any]:
     check_trackers(config.logging)
     train_questions, test_questions = questions or load_run_questions(config)
-    work = Run(config, progress)
+    work = Run(config, progress, retriever=retriever, reward=reward)
     work.protocol.check_prompts([*train_questions, *test_questions])
     try_losses(work.model.device)  # now, not after the first hour of rollouts
     folder.start()
@@ -209,6 +219,7 @@ def _run(
         "seed": config.seed,
         "model": config.model.name,
         "retriever": work.retriever.name,
+        "reward": reward_name(reward),
         "training": {"data": config.data.train, "n": len(train_questions)},
         "evaluation": {"data": config.data.evaluation, "n": len(test_questions), "decoding": "greedy"},
         "stages": [],
@@ -238,6 +249,7 @@ def _run(
     with work.stop.listening():
         if (latest := folder.latest()) is not None:
             checkpoint, summary = latest
+            _check_same_parts(summary, work)
             if (within := summary.pop("within", None)) is not None:
                 resumed = checkpoint, within
             load_adapter_weights(work.model, checkpoint if resumed is None else checkpoint / "start")
@@ -256,6 +268,13 @@ def _run(
             keep(stage.name, *run_stage(work, train_questions, folder, stage, summary, resumed))
             resumed = None
     return summary
+
+
+def _check_same_parts(summary: dict[str, Any], work: Run) -> None:
+    """What is no setting makes another run too."""
+    for what, now in (("retriever", work.retriever.name), ("reward", reward_name(work.reward))):
+        if (there := summary.get(what, now)) != now:
+            raise UserError(f"the run was begun with the {what} {there!r}, not {now!r}; go on with that one")
 
 
 def _run_grpo(
@@ -285,7 +304,7 @@ def _run_grpo(
             run_seed=work.config.seed, round_index=stage.round, output_dir=folder.path / "checkpoints",
             on_step=lambda record: (folder.log(record), advance(1)),
             on_rollouts=keep_rollouts, tracked=Tracked(work.config, folder.path, stage.name),
-            deadline=stage.deadline(keeper.spent), limit=steps, keeper=keeper, stop=work.stop,
+            deadline=stage.deadline(keeper.spent), limit=steps, keeper=keeper, stop=work.stop, reward=work.reward,
         )  # fmt: skip
     return keeper.seconds, result
 

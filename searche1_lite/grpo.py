@@ -25,6 +25,7 @@ from searche1_lite.interrupt import Stop
 from searche1_lite.logprobs import completion_hidden, token_logprobs
 from searche1_lite.microbatch import micro_batches
 from searche1_lite.model import compute_context, compute_dtype, drop_adapter, keep_adapter_fp32, use_adapter
+from searche1_lite.reward import Reward, earned
 from searche1_lite.seeding import derive_seed
 from searche1_lite.tracking import Tracked, figures_of, reporting, reporting_arguments
 from searche1_lite.training_state import ResumableTrainer, StageKeeper, saving_arguments, train
@@ -214,7 +215,7 @@ def rows_of(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
 
 
 def exact_match_reward(prompts: list[str], completions: list[str], em: list[float], **_: Any) -> list[float]:
-    """The rewards that `rollout` computed from model-written tokens; TRL's own decoded text is not looked at."""
+    """The rewards that were computed from model-written tokens; TRL's own decoded text is not looked at."""
     return em
 
 
@@ -235,6 +236,7 @@ def train_grpo(
     tracked: Tracked | None = None,
     keeper: StageKeeper | None = None,
     stop: Stop | None = None,
+    reward: Reward | None = None,
 ) -> dict[str, Any]:
     """One GRPO stage; the trained adapter is changed in place.
 
@@ -248,6 +250,7 @@ def train_grpo(
         tracked: the stage as TensorBoard, trackio and wandb know it; None: they are told nothing.
         keeper: keeps the training on disk, and knows where it goes on; None: nobody does.
         stop: looked at between passes.
+        reward: what takes the place of exact match.
 
     Returns:
         `{"steps", "rollout_seconds"}`.
@@ -283,7 +286,7 @@ def train_grpo(
             "completion_ids": [t.completion_ids for t in trajectories],
             "logprobs": None if None in kept else kept,
             "env_mask": [t.loss_mask for t in trajectories],
-            "em": [t.reward for t in trajectories],
+            "em": [t.reward if reward is None else earned(reward, t) for t in trajectories],
         }
 
     def describe(logs: dict[str, Any]) -> dict[str, Any]:

@@ -89,13 +89,54 @@ def download_folder(repo: str, *, repo_type: RepoType, patterns: Sequence[str], 
     return folder
 
 
-def explain_hub_error(error: BaseException, what: str) -> UserError | None:
+def check_upload(repo: str) -> None:
+    """Whether there is a hub that takes an upload to `repo` from us; asked before hours of work, or minutes.
+
+    Raises:
+        UserError: for an impossible name, without a token or with one that the hub refuses, or if it is not reached.
+    """
+    with _quiet(), _explained(f"to {repo!r}", "upload"):
+        from huggingface_hub import HfApi, constants, get_token
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(repo)
+        if repo.count("/") != 1:
+            raise UserError(f"cannot upload to {repo!r}: write owner/name")
+        if constants.is_offline_mode():
+            raise UserError(f"cannot upload to {repo!r}: HF_HUB_OFFLINE is set; unset it", exit_code=1)
+        if get_token() is None:
+            raise UserError(
+                f"cannot upload to {repo!r}: there is no token; log in with `hf auth login`, or set HF_TOKEN",
+                exit_code=1,
+            )
+        HfApi().whoami()
+
+
+def upload_folder(folder: Path, repo: str, *, public: bool = False) -> str:
+    """Uploads a folder's files as the model `repo`, which is made if it is not there, and returns its address.
+
+    Args:
+        public: whether a repository that is made here can be seen by everyone; one that is there stays as it is.
+
+    Raises:
+        UserError: see `check_upload` and `explain_hub_error`.
+    """
+    with _quiet(), _explained(f"to {repo!r}", "upload"):
+        from huggingface_hub import HfApi
+
+        address = HfApi().create_repo(repo, private=not public, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Exported by searche1-lite")
+        return str(address)
+
+
+def explain_hub_error(error: BaseException, what: str, doing: str = "fetch") -> UserError | None:
     """The one line for `error`, or None if it has nothing to do with the hub.
 
     Causes and contexts are looked through, because libraries wrap the hub's errors in others with several lines.
 
     Args:
         what: what was to be fetched, as it stands in a sentence, such as "the model 'a/b'".
+        doing: what was done with it, if it was not fetched.
 
     Returns:
         A `UserError` with exit code 2 for a wrong name, and 1 for what network, disk, login or cache are to blame for.
@@ -109,7 +150,7 @@ def explain_hub_error(error: BaseException, what: str) -> UserError | None:
         return next((link for link in chain if isinstance(link, types)), None)
 
     def failed(problem: str, exit_code: int = 1) -> UserError:
-        return UserError(" ".join(f"cannot fetch {what}: {problem}".split()), exit_code)
+        return UserError(" ".join(f"cannot {doing} {what}: {problem}".split()), exit_code)
 
     hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
     not_cached = first(errors.LocalEntryNotFoundError)
@@ -197,12 +238,12 @@ def _fetch(ask: Callable[[], object], fetch: Callable[[bool], Path]) -> Path:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str, doing: str = "fetch") -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, _http_library().HTTPError) as error:  # hf_xet raises RuntimeErrors
-        said = explain_hub_error(error, what)
-        raise said or UserError(f"cannot fetch {what}: {_reason(error)}; try again", exit_code=1) from error
+        said = explain_hub_error(error, what, doing)
+        raise said or UserError(f"cannot {doing} {what}: {_reason(error)}; try again", exit_code=1) from error
 
 
 @contextmanager

@@ -37,12 +37,7 @@ ADAPTER = "default"
 
 _DEMO_POLICY = Path(__file__).parent / "demo" / "policy"
 
-_MODEL_FILES = [
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
+TOKENIZER_FILES = [
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -50,6 +45,15 @@ _MODEL_FILES = [
     "vocab*",
     "merges.txt",
     "*.tiktoken",
+]
+
+_MODEL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    *TOKENIZER_FILES,
 ]
 """What is fetched of a model on the hub: no pickled weights, no other formats, no code."""
 
@@ -106,7 +110,7 @@ def shadow_weights(model: PeftModel, wanted: bool = True) -> Iterator[None]:
     replaced: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
     try:
         for parent, name, layer in adapted_layers(model) if wanted else ():
-            parent._modules[name] = _plain_linear(layer, dtype)
+            parent._modules[name] = plain_linear(layer, dtype)
             replaced.append((parent, name, layer))
         yield
     finally:
@@ -131,7 +135,9 @@ def shadow_bytes(model: PeftModel) -> int:
     return size * sum(layer.in_features * layer.out_features for _, _, layer in adapted_layers(model))
 
 
-def _plain_linear(layer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Linear:
+def plain_linear(layer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Linear:
+    """One of `adapted_layers` without its 4 bits and its adapter: what the weight stands for plus the active adapter's
+    update, added in fp32 and rounded to `dtype` once."""
     base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     weight = base.weight.detach()
     if isinstance(base, Linear4bit):
@@ -293,6 +299,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """Writes the trained adapter alone: `adapter_model.safetensors` and `adapter_config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, selected_adapters=[ADAPTER], safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's, which names folders of this machine
 
 
 def load_adapter_weights(model: PeftModel, folder: Path) -> None:

@@ -3,13 +3,17 @@
 Normalisation is SQuAD's, as Search-R1 and FlashRAG use it: lower-case, drop punctuation, drop a/an/the, squeeze spaces.
 """
 
+import math
 import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from searche1_lite.errors import UserError
 from searche1_lite.protocol import last_block
+from searche1_lite.trajectory import Trajectory
 
 UNTELLING = {"", "yes", "no", "noanswer"}
 """Normalised answers that stand in nearly every passage, or in none, whatever was found."""
@@ -57,6 +61,58 @@ def _f1(prediction: str, gold: str) -> float:
         return 0.0
     precision, recall = shared / len(predicted), shared / len(expected)
     return 2 * precision * recall / (precision + recall)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """All that a reward of one's own can see of an episode: what was asked, and what the policy itself wrote.
+
+    No document is in it, so nothing that was retrieved can earn or cost anything.
+    """
+
+    question: str
+    golden_answers: tuple[str, ...]
+    turns: tuple[str, ...]
+    """The decoded model turns, in order, tags included."""
+    queries: tuple[str, ...]
+    """Of the searches that were made."""
+    answer: str | None
+    """The last complete `<answer>`, or None."""
+
+
+Reward = Callable[[Written], float]
+"""A reward of one's own, for GRPO: any finite number; only differences within a group of rollouts count."""
+
+
+def written_by_policy(trajectory: Trajectory) -> Written:
+    """An episode without what the environment said in it."""
+    return Written(
+        trajectory.question.question,
+        tuple(trajectory.question.golden_answers),
+        tuple(turn.text for turn in trajectory.turns),
+        tuple(search.query for search in trajectory.searches),
+        trajectory.answer,
+    )
+
+
+def earned(reward: Reward, trajectory: Trajectory) -> float:
+    """What an episode earns by a reward of one's own.
+
+    Raises:
+        UserError: if that is not a finite number.
+    """
+    value = reward(written_by_policy(trajectory))
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(
+            f"{reward_name(reward)} gave {value!r} for the question {trajectory.question.id!r}; a reward is a finite "
+            "number"
+        )
+    return float(value)
+
+
+def reward_name(reward: Reward | None) -> str:
+    """What a run's summary calls it."""
+    return "exact match" if reward is None else getattr(reward, "__qualname__", type(reward).__qualname__)
 
 
 def extract_answer(turn_texts: Sequence[str]) -> str | None:

@@ -2,14 +2,18 @@
 
 It speaks what `hf_hub_download` and `snapshot_download` of huggingface_hub 2.4 ask for: a file's metadata and content
 under `/[datasets/]OWNER/NAME/resolve/REVISION/FILE`, and `/api/{models,datasets}/OWNER/NAME` with `/revision/R` or
-`/tree/R`. The client reads its address from HF_ENDPOINT when it is imported, so a test runs the client in a process of
-its own, with `HubServer.environment` as its environment.
+`/tree/R`. It also takes what `HfApi.upload_folder` sends, every file in one piece, under `/api/whoami-v2`,
+`/api/repos/create` and `/api/models/OWNER/NAME/{preupload,commit}/main`; the token `hf_refused` is refused. The client
+reads its address from HF_ENDPOINT when it is imported, so a test runs the client in a process of its own, with
+`HubServer.environment` as its environment.
 """
 
+import base64
 import hashlib
 import json
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,8 +49,14 @@ class HubServer:
     """Close the connection after this many bytes of the next file's content; then this is None again."""
     drops_left: int = 1
     """How many contents in a row are cut off by `drop_after`."""
+    visibility: dict[str, str] = field(default_factory=dict)
+    """Of the repositories that a client has made, as `folders` names them."""
+    refuse_uploads: int | None = None
+    """Answer uploads of files with this HTTP status."""
     requests: list[Request] = field(default_factory=list)
     address: str = ""
+    uploads: Path = Path()
+    """Where the files of repositories that clients make are kept, while it runs."""
 
     def add(self, kind: str, repo: str, folder: Path) -> None:
         """Serves `folder` as `repo`; `kind` is `models` or `datasets`."""
@@ -76,11 +86,13 @@ class HubServer:
             self.address = f"http://127.0.0.1:{server.server_address[1]}"
             thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
             thread.start()
-            try:
-                yield self
-            finally:
-                server.shutdown()
-                thread.join()
+            with tempfile.TemporaryDirectory() as uploads:
+                self.uploads = Path(uploads)
+                try:
+                    yield self
+                finally:
+                    server.shutdown()
+                    thread.join()
 
 
 def _commit(key: str) -> str:
@@ -102,6 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
+        if path == "/api/whoami-v2":
+            refused = self.headers.get("Authorization") == "Bearer hf_refused"
+            return self._refuse(401, "") if refused else self._send_json({"type": "user", "name": "me", "orgs": []})
         if path == "/api/agent-harnesses":  # huggingface_hub asks for this once a day, for its user agent
             return self._send(404, {}, b"{}")
         self.hub.requests.append(Request(self.command, path, self.headers.get("Range")))
@@ -129,6 +144,37 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._refuse(404, "EntryNotFound", {"X-Repo-Commit": _commit(key)})
             return self._send_file(key, self._files(key)[name])
         return self._refuse(404, "RepoNotFound")
+
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.hub.requests.append(Request(self.command, path, None))
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            key = f"models/{asked['organization']}/{asked['name']}"
+            self.hub.visibility[key] = asked.get("visibility", "public")
+            self.hub.folders[key] = self.hub.uploads / key
+            self.hub.folders[key].mkdir(parents=True, exist_ok=True)
+            return self._send_json({"url": f"{self.hub.address}/{key.removeprefix('models/')}", "id": key})
+        if path == "/api/validate-yaml":
+            return self._send_json({"warnings": [], "errors": []})
+        upload = re.fullmatch(r"/api/(models/[^/]+/[^/]+)/(preupload|commit)/main", path)
+        if upload is None or upload[1] not in self.hub.folders:
+            return self._refuse(404, "RepoNotFound")
+        if self.hub.refuse_uploads is not None:
+            return self._send(self.hub.refuse_uploads, {}, b"no uploads")
+        if upload[2] == "preupload":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            return self._send_json(
+                {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+            )
+        for line in map(json.loads, body.decode().splitlines()):
+            if line["key"] == "file":
+                place = self.hub.folders[upload[1]] / line["value"]["path"]
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(base64.b64decode(line["value"]["content"]))
+        commit = _commit(upload[1])
+        return self._send_json({"commitOid": commit, "commitUrl": f"{self.hub.address}/{upload[1]}/commit/{commit}"})
 
     def _files(self, key: str) -> dict[str, Path]:
         folder = self.hub.folders[key]

@@ -405,3 +405,11 @@ def test_a_folder_without_an_adapter_is_told_from_one_with(tmp_path: Path, polic
     for missing in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "base"):
         with pytest.raises(UserError, match=f"{missing} holds no adapter"):
             check_adapter_folder(missing)
+
+
+def test_a_damaged_checkpoint_is_not_taken_for_an_adapter(tmp_path: Path, policy: PeftModel) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    folder.save_checkpoint("base", policy, summary_of("base"))
+    damage(tmp_path / "run" / "checkpoints" / "base" / "adapter_model.safetensors", "a byte")
+    with pytest.raises(UserError, match="adapter_model.safetensors has changed since it was written"):
+        check_adapter_folder(tmp_path / "run" / "checkpoints" / "base")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "jnius", "pyserini", "numpy"}
-COMMANDS = ["train", "eval", "ask", "index", "doctor", "bench", "sweep", "report"]
+COMMANDS = ["train", "eval", "ask", "index", "doctor", "bench", "sweep", "report", "export"]
 QUESTION = '{"id": "q1", "question": "What is the capital of Peru?", "golden_answers": ["Lima"]}\n'
 ANOTHER = '{"id": "q2", "question": "What is the capital of Ecuador?", "golden_answers": ["Quito"]}\n'
 PASSAGE = '{"id": "a", "contents": "Lima\\nLima is the capital of Peru."}\n'

@@ -1,0 +1,32 @@
+"""A reward of your own in the place of exact match: right answers earn less the more searches they took.
+
+A reward is a function of what the policy itself wrote (`Written`: question, golden answers, turns, queries, answer).
+The documents that it found are not among it, so that no document can earn or cost anything. GRPO alone takes it;
+figures and OFSD's pairs stay by exact match.
+
+python examples/own_reward.py runs/own-reward
+"""
+
+import sys
+
+import searche1_lite as s1
+from searche1_lite.reward import exact_match
+
+
+def right_and_brief(written: s1.Written) -> float:
+    """1 for a right answer without a search, 0.1 less for each search, never less than a wrong one's 0."""
+    right = exact_match(written.answer, written.golden_answers)
+    return right * max(0.1, 1.0 - 0.1 * len(written.queries))
+
+
+def main(out: str) -> None:
+    s1.quieten()
+    shorter = ["rounds=1", "grpo.steps=8", "ofsd.enabled=false", "data.evaluation_limit=200"]
+    summary = s1.train(s1.load_config("demo", overrides=shorter), out, reward=right_and_brief)
+    print(f"rewarded by {summary['reward']}")
+    for stage in summary["stages"]:
+        print(f"{stage['name']}: {stage['em']:.2f} right, {stage['searches_per_question']:.2f} searches a question")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

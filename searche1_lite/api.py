@@ -1,0 +1,266 @@
+"""What the commands do, as functions: settings in, results out, nothing printed but what `say` and `progress` are told.
+
+They are what `import searche1_lite` offers, beside functions that other modules have as they are. Everything heavy is
+imported when one is called, and after what can be refused without it.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from searche1_lite.config import Config
+from searche1_lite.errors import UserError
+from searche1_lite.search.progress import SILENT, Progress, say_on_stderr
+
+if TYPE_CHECKING:
+    from searche1_lite.ask import Asker
+    from searche1_lite.reward import Reward
+    from searche1_lite.search.base import Retriever
+
+Say = Callable[[str], None]
+"""Told, in a line, what the user should know."""
+
+
+def train(
+    config: Config,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    retriever: "Retriever | None" = None,
+    reward: "Reward | None" = None,
+    yes: bool = False,
+    progress: Progress = SILENT,
+    say: Say = say_on_stderr,
+) -> dict[str, Any]:
+    """Trains: rounds of GRPO and OFSD, as `searche1-lite train`. No report is written; `write_report` does that.
+
+    Args:
+        config: from `load_config`.
+        out: the run's folder. Nothing in it is overwritten.
+        resume: go on with the run that is there.
+        retriever: a search engine of your own, in the place of what `config.search` names.
+        reward: what GRPO rewards, in the place of exact match: a function of `Written`, the model's own words. Which
+            rollouts OFSD takes for right, and all figures, stay by exact match.
+        yes: agree to large downloads.
+        progress: told how far it is; `searche1_lite.console.RichTasks()` draws bars.
+
+    Returns:
+        The run's summary, as in its `summary.json`: `seed`, `model`, `retriever`, `reward`, `training`, `evaluation`
+        and `stages`, each stage with its `name`, `em`, `em_ci95`, `searches_per_question`, `seconds` and more.
+
+    Raises:
+        UserError: for settings, data or a folder that will not do.
+    """
+    from searche1_lite.benchmarks import load_run_questions
+    from searche1_lite.checkpoint import RunFolder
+    from searche1_lite.tracking import check_trackers
+
+    check_trackers(config.logging)
+    _prepare_process()
+    questions = load_run_questions(config, say)  # faulty files are refused before a folder is made
+    folder = RunFolder(Path(out), config, resume)
+    folder.claim()
+    retriever = retriever or _open(config, yes, progress, say)
+    from searche1_lite.evolve import run
+
+    return run(config, folder, progress, questions, retriever=retriever, reward=reward)
+
+
+def evaluate_policy(
+    config: Config,
+    *,
+    adapter: Path | str | None = None,
+    data: str | None = None,
+    limit: int | None = None,
+    method: str = "agent",
+    out: Path | str | None = None,
+    resume: bool = False,
+    retriever: "Retriever | None" = None,
+    yes: bool = False,
+    progress: Progress = SILENT,
+    say: Say = say_on_stderr,
+) -> dict[str, Any]:
+    """Answers questions greedily and measures how well, as `searche1-lite eval`.
+
+    Args:
+        adapter: a folder that `train` wrote, such as `runs/demo/checkpoints/round2.ofsd`; None: the bare base.
+        data: a data set's name, `all`, `demo` or a JSONL file, several joined by `+`; default:
+            `config.data.evaluation`.
+        limit: of each data set, a seeded subset of this size; 0: all. Default: all of `data`; without `data`, what
+            `train` evaluates on.
+        method: `agent`, or a baseline: `rag` or `no-search`.
+        out: keep answers and figures in this folder.
+        resume: go on with the evaluation that is there.
+        retriever: a search engine of your own, in the place of what `config.search` names.
+        yes: agree to large downloads.
+
+    Returns:
+        `em`, `em_ci95`, `f1`, `n`, `searches_per_question`, `no_search_rate` and more, with `method`, `retriever`,
+        `model`, `adapter` and `data`.
+
+    Raises:
+        UserError: for settings, data, an adapter or a folder that will not do.
+    """
+    from searche1_lite.benchmarks import load_questions, named, order_by_data_set
+    from searche1_lite.checkpoint import check_adapter_folder
+    from searche1_lite.methods import method_settings, parse_method, retriever_for
+
+    chosen = parse_method(method)
+    adapter = None if adapter is None else Path(adapter)
+    if adapter:
+        check_adapter_folder(adapter)
+    name = named(data or config.data.evaluation, "data.evaluation")
+    if data is None and limit is None:
+        questions = load_questions(name, "test", config.data.evaluation_limit, config.seed, say)
+    else:
+        questions = load_questions(name, "test", limit or 0, config.seed, say, limit_each=True)
+    questions = order_by_data_set(questions)
+    folder = None
+    if out is not None:
+        from searche1_lite.evaluation_folder import EvaluationFolder, describe
+
+        asked = describe(chosen, adapter, name, questions)
+        own = {"retriever": retriever and retriever.name}
+        folder = EvaluationFolder(Path(out), config, asked | own, questions, resume)
+        if (kept := folder.result()) is not None:
+            return kept
+    _prepare_process()
+    retriever = retriever_for(chosen) or retriever or _open(config, yes, progress, say)
+    from searche1_lite.evaluation import run_evaluation
+    from searche1_lite.evolve import Run
+
+    work = Run(method_settings(config, chosen), progress, adapter, retriever)
+    result = run_evaluation(work, questions, chosen, folder) | {
+        "method": chosen,
+        "retriever": None if chosen == "no-search" else work.retriever.name,
+        "model": config.model.name,
+        "adapter": str(adapter) if adapter else None,
+        "data": name,
+    }
+    if folder:
+        folder.finish(result)
+    return result
+
+
+def open_asker(
+    config: Config,
+    adapter: Path | str | None = None,
+    *,
+    retriever: "Retriever | None" = None,
+    yes: bool = False,
+    progress: Progress = SILENT,
+    say: Say = say_on_stderr,
+) -> "Asker":
+    """The policy in memory, to be asked: `open_asker(config, folder).answer("...").answer`, as `searche1-lite ask`.
+
+    Args:
+        adapter: a folder that `train` wrote; None: the bare base.
+        retriever: a search engine of your own, in the place of what `config.search` names.
+        yes: agree to large downloads.
+
+    Raises:
+        UserError: for settings or an adapter that will not do.
+    """
+    from searche1_lite.checkpoint import check_adapter_folder
+    from searche1_lite.search.catalog import describe_source
+
+    adapter = None if adapter is None else Path(adapter)
+    if adapter:
+        check_adapter_folder(adapter)
+    _prepare_process()
+
+    def open_search() -> "Retriever":
+        return retriever or _open(config, yes, progress, say)
+
+    # Java and the index are opened while the model is loaded; what has to be fetched first is asked about before.
+    at_hand = "ok" if retriever else describe_source(config.search)[0]
+    with ThreadPoolExecutor(1, "open-search") as side:
+        opened = side.submit(open_search) if at_hand == "ok" else open_search()
+        from searche1_lite.ask import Asker
+        from searche1_lite.evolve import Run
+
+        return Asker(Run(config, progress, adapter, opened), adapter)
+
+
+def run_sweep(
+    file: Path | str,
+    out: Path | str | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    jobs: int = 1,
+    resume: bool = False,
+    yes: bool = False,
+    progress: Progress = SILENT,
+    say: Say = say_on_stderr,
+) -> dict[str, Any]:
+    """Compares variants over seeds, as `searche1-lite sweep`. No report is written; `write_report` does that.
+
+    Each run is in a process of its own that imports the caller's script: it needs `if __name__ == "__main__":`.
+
+    Args:
+        file: a YAML file of variants and seeds, such as `examples/settle-it.yaml`.
+        out: the sweep's folder; default: `runs/NAME-OF-FILE`.
+        overrides: settings of all variants, such as `grpo.steps=4`.
+        seeds: in the place of the file's.
+        jobs: runs at the same time.
+        resume: go on with the sweep that is there.
+        yes: agree to large downloads.
+
+    Returns:
+        What `sweep.json` holds: `name`, `baseline`, `seeds`, and `variants` with their figures, differences and runs.
+
+    Raises:
+        UserError: for a file, settings, data or a folder that will not do. A run that fails does not end the others:
+            its `state` is `failed`.
+    """
+    from searche1_lite.benchmarks import load_run_questions
+    from searche1_lite.sweep.plan import load_plan
+    from searche1_lite.tracking import check_trackers
+
+    plan = load_plan(Path(file), overrides, seeds)
+    _prepare_process()
+    # Faults that all runs have in common are told once, and what they download is fetched once.
+    for alike in {repr((run.config.data, run.config.grpo)): run.config for run in plan.runs}.values():
+        load_run_questions(alike, say)
+    for alike in {repr(run.config.logging): run.config.logging for run in plan.runs}.values():
+        check_trackers(alike)
+    for alike in {repr(run.config.search): run.config for run in plan.runs}.values():
+        _open(alike, yes, progress, say)
+    from searche1_lite.sweep.runs import check_room
+    from searche1_lite.sweep.runs import run_sweep as run_plan
+
+    check_room(plan, jobs)
+    return run_plan(plan, Path(out) if out is not None else Path("runs") / plan.name, jobs, say, resume)
+
+
+def _open(config: Config, yes: bool, progress: Progress, say: Say) -> "Retriever":
+    from searche1_lite.search.catalog import needs_yes, open_retriever
+
+    def agree(what: str) -> bool:
+        say(what)
+        return True
+
+    return open_retriever(config.search, confirm=agree if yes else needs_yes, progress=progress, say=say)
+
+
+def _prepare_process() -> None:
+    """What has to be so before PyTorch looks at the GPUs; refuses several of them.
+
+    With several in sight TRL would spread batches over them.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or "," in os.environ.get("CUDA_VISIBLE_DEVICES", ""):
+        raise UserError("a run is for one GPU; set CUDA_VISIBLE_DEVICES to one of them, and start one process")
+    if sys.platform == "linux":
+        # The KV cache grows token by token; without this, the memory it leaves behind is too small for what comes.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if "torch" not in sys.modules:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        return
+    import torch
+
+    if torch.cuda.device_count() > 1:
+        raise UserError("a run is for one GPU, and several are in sight; set CUDA_VISIBLE_DEVICES to one of them first")

@@ -1,0 +1,107 @@
+"""Every script of `examples/`, and every command of the corpus example's README, on the demo's policy."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from searche1_lite.benchmarks import check_disjoint, load_questions
+from searche1_lite.reward import normalize_answer
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+LINE = re.compile(r"(\S.*): (\d\.\d\d) right, (\d\.\d\d) searches a question")
+
+
+def script(name: str, *words: str, cwd: Path) -> str:
+    """What an example prints; it may say nothing on stderr but our own lines."""
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    ran = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "Traceback" not in ran.stderr and "Warning" not in ran.stderr
+    return ran.stdout
+
+
+def figures(shown: str) -> dict[str, tuple[float, float]]:
+    """Of each line that tells them, exact match and searches a question."""
+    return {match[1]: (float(match[2]), float(match[3])) for match in LINE.finditer(shown)}
+
+
+def test_python_api_trains_asks_and_evaluates_in_under_25_lines(tmp_path: Path) -> None:
+    code = (EXAMPLES / "python_api.py").read_text().rpartition('"""')[2]
+    assert len([line for line in code.splitlines() if line.strip()]) < 25
+    shown = script("python_api.py", "run", cwd=tmp_path)
+    stages = figures(shown)
+    assert list(stages) == ["base", "round1.grpo", "round1.ofsd"]
+    assert stages["base"][0] < stages["round1.ofsd"][0], "the demo learns"
+    assert "Feda Vifa? " in shown and "searched for ['" in shown and "dev questions: 0." in shown
+
+
+def test_own_reward_is_what_grpo_rewards(tmp_path: Path) -> None:
+    shown = script("own_reward.py", "run", cwd=tmp_path)
+    assert shown.startswith("rewarded by right_and_brief\n")
+    assert figures(shown)["base"][0] < figures(shown)["round1.grpo"][0]
+
+
+def test_own_retriever_is_what_the_policy_searches(tmp_path: Path) -> None:
+    found = figures(script("own_retriever.py", cwd=tmp_path))
+    assert list(found) == ["bm25(k1=0.9, b=0.4)", "rare words"]
+    assert found["rare words"][0] > 0.2 and found["rare words"] != found["bm25(k1=0.9, b=0.4)"]
+
+
+def test_inspect_signal_shows_the_kl_of_the_pairs_falling_and_the_control_at_zero(tmp_path: Path) -> None:
+    shown = script("inspect_signal.py", "run", cwd=tmp_path)
+    rows = re.findall(r"(before|after): pairs (\S+), plain (\S+), foreign (\S+)", shown)
+    (_, *before), (_, *after) = [(when, *map(float, values)) for when, *values in rows]
+    assert before[0] > after[0] > 0 and before[1] == after[1] == 0 and before[2] > 0
+
+
+@pytest.fixture(scope="module")
+def corpus_text() -> str:
+    files = sorted((EXAMPLES / "own_corpus" / "rivers").glob("*.md"))
+    assert len(files) == 36
+    return " ".join(path.read_text(encoding="utf-8") for path in files)
+
+
+def test_the_rivers_questions_are_disjoint_and_their_answers_stand_in_the_documents(
+    corpus_text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    splits = [load_questions(f"examples/own_corpus/{name}.jsonl", "test", 0, 0, print) for name in ("train", "test")]
+    assert [len(split) for split in splits] == [24, 12]
+    check_disjoint(*splits)
+    plain = normalize_answer(corpus_text)
+    for question in [*splits[0], *splits[1]]:
+        assert all(normalize_answer(gold) in plain for gold in question.golden_answers), question
+
+
+def test_the_commands_of_the_corpus_example_run_as_they_stand(tmp_path: Path) -> None:
+    text = (EXAMPLES / "own_corpus" / "README.md").read_text()
+    commands = [line.strip() for line in text.splitlines() if line.startswith("    searche1-lite ")]
+    tried = [command for command in commands if "qwen2.5" not in command]
+    assert [command.split()[1] for command in tried] == ["index", "train", "ask"] and len(commands) == 4
+    (tmp_path / "examples").symlink_to(EXAMPLES)  # they are for the repository's root, and write to runs/ there
+    for command in tried:
+        words = shlex.split(command)[1:]
+        ran = subprocess.run(
+            [sys.executable, "-m", "searche1_lite", *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"SEARCHE1_LITE_CACHE": str(tmp_path / "cache")},
+        )
+        # The demo's policy knows nothing of rivers: it may end without an answer.
+        assert ran.returncode in ((0, 3) if words[0] == "ask" else (0,)), ran.stderr
+        assert "Traceback" not in ran.stderr
+    assert (tmp_path / "runs" / "rivers" / "report.html").is_file()
