@@ -37,6 +37,7 @@ from searche1_lite.grpo import (
     train_grpo,
     trainer_arguments,
 )
+from searche1_lite.interrupt import Stop
 from searche1_lite.logprobs import token_logprobs
 from searche1_lite.model import keep_adapter_fp32, load_policy, save_adapter
 from searche1_lite.ofsd import train_ofsd
@@ -384,7 +385,7 @@ def trainer_for(
     with keep_adapter_fp32(model):
         trainer = RolloutGRPOTrainer(
             model, exact_match_reward, arguments, Dataset.from_dict({"prompt": ["0", "1"]}),
-            processing_class=tokenizer, micro_batch_tokens=micro_batch_tokens,
+            processing_class=tokenizer, micro_batch_tokens=micro_batch_tokens, stop=Stop(),
         )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
     model.train()
