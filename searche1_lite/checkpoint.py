@@ -259,6 +259,14 @@ class RunFolder:
                 if stage["name"] not in kept and path.is_dir():
                     remove_sealed(path)
 
+    def is_whole(self, name: str) -> bool:
+        """Is there a checkpoint of stage `name`, undamaged?"""
+        try:
+            read_sealed(self.path / "checkpoints" / name)
+        except DamagedError:
+            return False
+        return True
+
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
         """The whole checkpoint that is furthest in the run, and its state; None in a fresh folder.
 

@@ -214,6 +214,33 @@ class BudgetConfig:
 
 
 @dataclass(config=_STRICT)
+class CollapseConfig:
+    """When a GRPO stage counts as collapsed, by means over its last steps, and what is done then. A threshold of null
+    is never reached. The rates must also have risen by 0.2 since the stage's first step."""
+
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    """`warn`: a line on the terminal, once a stage for each figure. `stop`: then the stage ends, is kept and evaluated,
+    and the run ends with it. `rollback`: the stage ends, the adapter becomes that of the best evaluated stage before
+    it, and the run goes on with the next one."""
+    window: PositiveInt = 5
+    """Steps that a mean is over; none is looked at before there are so many."""
+    unanswered: Fraction | None = 0.5
+    """Share of episodes without an answer."""
+    invalid: Fraction | None = 0.5
+    """Share of episodes with a turn that is neither a search nor an answer."""
+    no_search: Fraction | None = 0.9
+    """Share of episodes without a search."""
+    repetition: Fraction | None = 0.5
+    """Share of the policy's 4-grams of tokens that their episode had before."""
+    all_wrong: Fraction | None = 0.95
+    """Share of groups in which no rollout is right. Groups that are all right are no sign of a collapse."""
+    kl: PositiveFloat | None = 1.0
+    """KL to the adapter as the stage began, in nats a token; there is none with `grpo.kl_coefficient` 0."""
+    reward_drop: Fraction | None = 0.5
+    """Share of the best mean reward that was lost since; less than 0.1 of reward is never a drop."""
+
+
+@dataclass(config=_STRICT)
 class LoggingConfig:
     """How a run is watched; none of it changes what a run does, so a resumed one may have other values."""
 
@@ -253,6 +280,7 @@ class Config:
     ofsd: OFSDStageConfig = field(default_factory=OFSDStageConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    collapse: CollapseConfig = field(default_factory=CollapseConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 

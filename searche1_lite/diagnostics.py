@@ -6,6 +6,7 @@ pairs stands beside two controls, and that of each token is kept for the trace v
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from searche1_lite.model import compute_context
 from searche1_lite.ofsd import padded
 from searche1_lite.pairs import Pair, teacher_prompts
 from searche1_lite.protocol import Protocol
+from searche1_lite.shrinking import Limit, one_alone, smaller_micro_batches
 from searche1_lite.trajectory import Trajectory
 
 WATCHED = 64
@@ -39,6 +41,14 @@ class TokenKL:
     """KL(teacher || student) in nats; 0.0 at environment tokens."""
     teacher: list[int]
     """The teacher's likeliest token; -1 at environment tokens."""
+
+
+def pass_lengths(pairs: Sequence[Pair], prompts: Sequence[list[int]]) -> list[int]:
+    """Tokens of each student with the longer of its two prompts."""
+    return [
+        max(len(pair.student.prompt_ids), len(prompt)) + len(pair.student.completion_ids)
+        for pair, prompt in zip(pairs, prompts, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -60,11 +70,7 @@ def token_kl(
     model.eval()
     head = model.get_output_embeddings()
     result: list[TokenKL | None] = [None] * len(pairs)
-    lengths = [
-        max(len(pair.student.prompt_ids), len(prompt)) + len(pair.student.completion_ids)
-        for pair, prompt in zip(pairs, prompts, strict=True)
-    ]
-    for batch in micro_batches(lengths, micro_batch_tokens):
+    for batch in micro_batches(pass_lengths(pairs, prompts), micro_batch_tokens):
         if stop is not None:
             stop.check()
         rows = [pairs[index].student for index in batch]
@@ -120,18 +126,25 @@ def watch(
     siblings = [Pair(pair.reference, t) for pair in shown for t in groups[pair.student.question.id]]
     students = {pair.student.question.id: pair.student for pair in shown}
     tokens = max(1, sum(pair.student.n_model_tokens for pair in shown))
+    limit = Limit("ofsd.micro_batch_tokens", config.ofsd.micro_batch_tokens)
 
     def measure(rows: Sequence[Pair], kind: str) -> list[TokenKL]:
         prompts = teacher_prompts(protocol, rows, kind, config.ofsd.reference_documents)
-        return token_kl(
-            model,
-            rows,
-            prompts,
-            pad_id=protocol.tokenizer.pad_token_id,
-            temperature=config.engine.temperature,
-            micro_batch_tokens=config.ofsd.micro_batch_tokens,
-            stop=stop,
-        )
+
+        def attempt(budget: int) -> list[TokenKL]:
+            return token_kl(
+                model,
+                rows,
+                prompts,
+                pad_id=protocol.tokenizer.pad_token_id,
+                temperature=config.engine.temperature,
+                micro_batch_tokens=budget,
+                stop=stop,
+            )
+
+        lengths = pass_lengths(rows, prompts)
+        smaller = partial(smaller_micro_batches, lengths)
+        return limit.until_it_fits(attempt, smaller, "the look at the pairs", one_alone(lengths))
 
     means: dict[str, float] = {}
     records: list[dict[str, Any]] = []

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from searche1_lite.benchmarks import load_run_questions
 from searche1_lite.checkpoint import RunFolder
+from searche1_lite.collapse import best_stage
 from searche1_lite.config import Config
 from searche1_lite.diagnostics import WATCHED, watch
 from searche1_lite.divergence import try_losses
@@ -46,6 +47,7 @@ from searche1_lite.search.base import Retriever
 from searche1_lite.search.catalog import open_retriever
 from searche1_lite.search.progress import Progress, say_on_stderr
 from searche1_lite.seeding import derive_seed
+from searche1_lite.shrinking import Limit
 from searche1_lite.tracking import Tracked, check_trackers, report_evaluations
 from searche1_lite.training_state import Resumed, StageKeeper
 from searche1_lite.trajectory import Question, Trajectory
@@ -78,7 +80,7 @@ class Run:
         self.model, self.tokenizer = load_policy(config.model, adapter=adapter, seed=config.seed)
         self.retriever = retriever.result() if isinstance(retriever, Future) else retriever
         self.protocol = Protocol(self.tokenizer, config.protocol)
-        self.engine = config.engine
+        self.engine, self.slots = config.engine, Limit("engine.batch_size", config.engine.batch_size)
         if config.engine.shadow == "auto" and not _has_room_for_shadow(config, self.model):
             self.engine = replace(config.engine, shadow="never")
 
@@ -97,6 +99,7 @@ class Run:
             k=self.config.search.k,
             seed_parts=seed_parts,
             check=self.stop.check,
+            slots=self.slots,
             **how,
         )
 
@@ -168,7 +171,9 @@ class Run:
     ) -> StageKeeper:
         """What keeps this stage's training; the policy is as the stage begins."""
         every = self.config.checkpoint.every_steps
-        return StageKeeper(folder, stage.name, self.model, every=every, state=summary, grown=grown, resumed=resumed)
+        keeper = StageKeeper(folder, stage.name, self.model, every=every, state=summary, grown=grown, resumed=resumed)
+        keeper.hold(slots=self.slots)
+        return keeper
 
     def show_samples(self, title: str, trajectories: Sequence[Trajectory]) -> None:
         """A table of some of these, unless the run is watched without."""
@@ -264,9 +269,13 @@ def _run(
             keep("base", 0.0, {})
         while (stage := next_stage(config, summary["stages"])) is not None:
             begin_peak()
+            work.slots.reset()
             run_stage = _run_grpo if stage.kind == "grpo" else _run_ofsd
-            keep(stage.name, *run_stage(work, train_questions, folder, stage, summary, resumed))
+            seconds, figures = run_stage(work, train_questions, folder, stage, summary, resumed)
             resumed = None
+            if figures.get("ended") == "rollback":
+                figures["rolled_back_to"] = _go_back(work, folder, summary["stages"])
+            keep(stage.name, seconds, figures | work.slots.figures())
     return summary
 
 
@@ -336,6 +345,8 @@ def _run_ofsd(
         folder.drop_within(name)
         resumed = None
 
+    if not pairs:
+        say_on_stderr(f"{name}: there are no pairs to learn from; the counts in the summary say why")
     if resumed is None:
         began = time.monotonic()
         privilege = compare_teacher(work, pairs, f"round{index}: teacher", (config.seed, "teacher", index))
@@ -357,6 +368,15 @@ def _run_ofsd(
             deadline=stage.deadline(rolled + keeper.spent), limit=steps, keeper=keeper, stop=work.stop,
         )  # fmt: skip
     return rolled + keeper.seconds, keeper.figures["stage"] | result | {"rollout_seconds": rolled}
+
+
+def _go_back(work: Run, folder: RunFolder, stages: Sequence[dict[str, Any]]) -> str:
+    """Makes the adapter that of the best evaluated stage whose checkpoint is there, and tells which that is."""
+    kept = [stage for stage in stages if folder.is_whole(stage["name"])]
+    name = best_stage(kept)
+    load_adapter_weights(work.model, folder.path / "checkpoints" / name)
+    say_on_stderr(f"the policy is again that of {name}")
+    return name
 
 
 def compare_teacher(

@@ -20,13 +20,16 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from searche1_lite.benchmarks import check_enough
+from searche1_lite.collapse import CollapseWatch, step_figures
 from searche1_lite.config import Config
+from searche1_lite.guard import UpdateGuard, finite_or_none
 from searche1_lite.interrupt import Stop
 from searche1_lite.logprobs import completion_hidden, token_logprobs
 from searche1_lite.microbatch import micro_batches
 from searche1_lite.model import compute_context, compute_dtype, drop_adapter, keep_adapter_fp32, use_adapter
 from searche1_lite.reward import Reward, earned
 from searche1_lite.seeding import derive_seed
+from searche1_lite.shrinking import Limit, in_smaller_passes
 from searche1_lite.tracking import Tracked, figures_of, reporting, reporting_arguments
 from searche1_lite.training_state import ResumableTrainer, StageKeeper, saving_arguments, train
 from searche1_lite.trajectory import Question, Trajectory
@@ -58,6 +61,7 @@ def trainer_arguments(
         "lr_scheduler_type": "constant_with_warmup",
         "weight_decay": 0.0,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # asks the GPU at every step what `UpdateGuard` knows
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "gradient_checkpointing": config.model.gradient_checkpointing,
@@ -129,8 +133,11 @@ class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
     logprobs: torch.Tensor
     """(B, C) those log-probs, as the last pass found them."""
 
-    def __init__(self, *args: Any, micro_batch_tokens: int, stop: Stop, **kwargs: Any) -> None:
-        self._micro_batch_tokens, self._stop = micro_batch_tokens, stop
+    def __init__(
+        self, *args: Any, micro_batch_tokens: int, stop: Stop, guard: UpdateGuard | None = None, **kwargs: Any
+    ) -> None:
+        self.passes = Limit("grpo.micro_batch_tokens", micro_batch_tokens)
+        self._stop, self._guard = stop, guard or UpdateGuard("GRPO", "grpo.learning_rate")
         super().__init__(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -156,22 +163,42 @@ class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         self._step += 1
-        trained = inputs["trained"].nonzero().flatten()
+        # A rollout without a token of the model's has nothing to be trained on, whatever it earned.
+        written = (inputs["completion_mask"] * inputs["tool_mask"]).any(dim=1)
+        trained = (inputs["trained"] & written).nonzero().flatten()
+        if self._guard.refused:
+            trained = trained[:0]
         lengths = inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=1)
-        total = torch.zeros((), device=lengths.device)
+        sizes = lengths[trained].tolist()
+
+        def passes(budget: int) -> torch.Tensor:
+            self._guard.forget()
+            return self._passes(model, inputs, [trained[batch] for batch in micro_batches(sizes, budget)])
+
+        total = in_smaller_passes(self.passes, sizes, model, passes, "a GRPO step")
+        self._guard.see("loss", total)
+        return total.nan_to_num(0.0, 0.0, 0.0)  # it would spoil the loss of every later step in the log
+
+    def _passes(self, model: Any, inputs: dict[str, Any], batches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The loss of these batches of rows, their gradient, and their figures among TRL's."""
+        rows = len(inputs["prompt_mask"])
+        total = torch.zeros((), device=inputs["prompt_mask"].device)
         figures, sums, tokens = self._metrics["train"], defaultdict[str, float](float), 0
-        for batch in micro_batches(lengths[trained].tolist(), self._micro_batch_tokens):
-            self._stop.check()
-            self._metrics["train"] = defaultdict(list)
-            with self.compute_loss_context_manager():
-                loss = self._compute_loss(model, rows_of(inputs, trained[batch])) * (len(batch) / len(lengths))
-            self.accelerator.backward(loss)
-            total += loss.detach()
-            size = int(self.scored.sum())
-            tokens += size
-            for name, values in self._metrics["train"].items():
-                sums[name] += size * sum(values)
-        self._metrics["train"] = figures
+        try:
+            for batch in batches:
+                self._stop.check()
+                self._metrics["train"] = defaultdict(list)
+                with self.compute_loss_context_manager():
+                    loss = self._compute_loss(model, rows_of(inputs, batch)) * (len(batch) / rows)
+                self.accelerator.backward(loss)
+                total += loss.detach()
+                self._guard.see("log-probs", self.logprobs)
+                size = int(self.scored.sum())
+                tokens += size
+                for name, values in self._metrics["train"].items():
+                    sums[name] += size * sum(values)
+        finally:
+            self._metrics["train"] = figures
         for name, value in sums.items():
             figures[name].append(value / max(1, tokens))
         return total
@@ -253,10 +280,12 @@ def train_grpo(
         reward: what takes the place of exact match.
 
     Returns:
-        `{"steps", "rollout_seconds"}`.
+        `{"steps", "rollout_seconds"}`, steps whose update was skipped included; `skipped`, the number of those;
+        `micro_batch_tokens` where memory made it smaller; `collapse`, what the watch told, and `ended` (`stop` or
+        `rollback`) where it ended the stage.
 
     Raises:
-        UserError: if there are fewer questions than one step takes.
+        UserError: if there are fewer questions than one step takes, or update after update has to be skipped.
         Interrupted: if it was stopped.
     """
     stage = config.grpo
@@ -278,6 +307,7 @@ def train_grpo(
         trajectories = answer(asked, size, (run_seed, "grpo", round_index, trainer.state.global_step))
         latest["trajectories"], latest["seconds"] = trajectories, time.monotonic() - began
         figures["rollout_seconds"] += latest["seconds"]
+        guard.check_rollouts(trajectories)
         if on_rollouts is not None:
             on_rollouts(trajectories)
         kept = [t.logprobs for t in trajectories]
@@ -292,14 +322,13 @@ def train_grpo(
     def describe(logs: dict[str, Any]) -> dict[str, Any]:
         trajectories = latest["trajectories"]
         tokens = sum(t.n_model_tokens for t in trajectories)
-        return {
+        record = {
             "stage": "grpo",
             "round": round_index,
-            "loss": logs.get("loss"),
+            **guard.figures(logs),
             "reward": logs.get("reward"),
             "em": sum(t.reward for t in trajectories) / len(trajectories),
             "kl": logs.get("kl"),
-            "grad_norm": logs.get("grad_norm"),
             "zero_std_fraction": logs.get("frac_reward_zero_std"),
             "skipped_groups": int(logs["skipped_groups"]),
             "sampling_logprob_difference": logs.get("sampling_logprob_difference"),
@@ -308,9 +337,13 @@ def train_grpo(
             "tokens_per_second": round(tokens / latest["seconds"], 1),
             "rollout_seconds": round(latest["seconds"], 3),
             "learning_rate": logs.get("learning_rate"),
+            **step_figures(trajectories, stage.group_size),
         }
+        return {key: finite_or_none(value) for key, value in record.items()}
 
-    reporter = StepReporter(describe, on_step, deadline, limit, keeper)
+    name = f"round{round_index}.grpo"
+    guard, watch = UpdateGuard(name, "grpo.learning_rate"), CollapseWatch(name, config.collapse)
+    reporter = StepReporter(describe, lambda record: (on_step(record), watch.see(record)), deadline, limit, keeper)
     arguments = GRPOConfig(
         **trainer_arguments(
             model, config, seed=seed, output_dir=output_dir, steps=stage.steps, tracked=tracked, keeper=keeper
@@ -335,21 +368,25 @@ def train_grpo(
                 args=arguments,
                 train_dataset=Dataset.from_dict({"prompt": [str(index) for index in order]}),
                 processing_class=tokenizer,
-                callbacks=[reporter],
+                callbacks=[reporter, guard, watch],
                 rollout_func=roll,
                 micro_batch_tokens=stage.micro_batch_tokens,
                 stop=stop or Stop(),
+                guard=guard,
             )
         for name, parameter in model.named_parameters():
             if f".{REFERENCE}." in name:
                 parameter.requires_grad_(False)
         drop_printer(trainer)
+        if keeper is not None:
+            keeper.hold(guard=guard, watch=watch, passes=trainer.passes)
         with reporting(trainer, tracked):
             train(trainer, keeper)
     finally:
         drop_adapter(model, REFERENCE)
         model.eval()
-    return {"steps": reporter.steps, "rollout_seconds": round(figures["rollout_seconds"], 3)}
+    told = {"skipped": guard.skipped} | trainer.passes.figures() | watch.figures()
+    return {"steps": reporter.steps, "rollout_seconds": round(figures["rollout_seconds"], 3)} | told
 
 
 def question_order(count: int, batch: int, steps: int, seed: int) -> list[int]:

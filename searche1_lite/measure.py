@@ -215,10 +215,11 @@ def _grpo_step(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config:
     def answer(asked: "Sequence[Question]", n: int, seed_parts: Sequence[int | str]) -> "list[Trajectory]":
         return [_trajectory(config, vocabulary, int(q.id), sample) for q in asked for sample in range(n)]
 
-    train_grpo(
+    result = train_grpo(
         model, tokenizer, answer, _questions(config), config,
         run_seed=0, round_index=1, output_dir=folder, on_step=records.append,
     )  # fmt: skip
+    _check_not_shrunk(result)
     return records[-1]["seconds"] / (config.grpo.questions_per_step * config.grpo.group_size)
 
 
@@ -228,11 +229,20 @@ def _ofsd_step(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config:
     from searche1_lite.protocol import Protocol
 
     records: list[dict[str, Any]] = []
-    train_ofsd(
+    result = train_ofsd(
         model, tokenizer, Protocol(tokenizer, config.protocol), _pairs(model, config), config,
         run_seed=0, round_index=1, output_dir=folder, on_step=records.append,
     )  # fmt: skip
+    _check_not_shrunk(result)
     return records[-1]["seconds"] / config.ofsd.batch_size
+
+
+def _check_not_shrunk(result: dict[str, Any]) -> None:
+    """What a stage in smaller micro-batches takes is not what was asked."""
+    import torch
+
+    if "micro_batch_tokens" in result:
+        raise torch.OutOfMemoryError("out of memory with the micro-batches that are set")
 
 
 def full_trajectories(config: Config) -> int:

@@ -25,6 +25,7 @@ from trl.trainer.utils import pad
 from searche1_lite.config import Config, OFSDStageConfig
 from searche1_lite.divergence import divergence
 from searche1_lite.grpo import OnStep, StepReporter, drop_printer, rows_of, trainer_arguments
+from searche1_lite.guard import UpdateGuard
 from searche1_lite.interrupt import Stop
 from searche1_lite.logprobs import completion_hidden, token_logprobs
 from searche1_lite.microbatch import micro_batches
@@ -32,6 +33,7 @@ from searche1_lite.model import compute_context, drop_adapter, keep_adapter_fp32
 from searche1_lite.pairs import Pair, teacher_prompts
 from searche1_lite.protocol import Protocol
 from searche1_lite.seeding import derive_seed
+from searche1_lite.shrinking import Limit, in_smaller_passes
 from searche1_lite.tracking import Tracked, reporting
 from searche1_lite.training_state import ResumableTrainer, StageKeeper, train
 from searche1_lite.trajectory import Trajectory
@@ -67,9 +69,16 @@ class OFSDTrainer(ResumableTrainer, DistillationTrainer):
     """TRL's distillation trainer on stored trajectories: nothing is generated, and the teacher has its own prompt."""
 
     def __init__(
-        self, *args: Any, rows: Sequence[dict[str, Any]], settings: OFSDStageConfig, stop: Stop, **kwargs: Any
+        self,
+        *args: Any,
+        rows: Sequence[dict[str, Any]],
+        settings: OFSDStageConfig,
+        guard: UpdateGuard,
+        stop: Stop,
+        **kwargs: Any,
     ) -> None:
-        self._rows, self._settings, self._stop = rows, settings, stop
+        self._rows, self._settings, self._guard, self._stop = rows, settings, guard, stop
+        self.passes = Limit("ofsd.micro_batch_tokens", settings.micro_batch_tokens)
         super().__init__(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -134,13 +143,30 @@ class OFSDTrainer(ResumableTrainer, DistillationTrainer):
         prompts = torch.maximum(inputs["prompt_mask"].sum(dim=1), inputs["prompt_teacher_mask"].sum(dim=1))
         lengths = prompts + inputs["completion_mask"].sum(dim=1)
         trained = inputs["loss_mask"].any(dim=1).nonzero().flatten()
-        total = torch.zeros((), device=lengths.device)
-        for batch in micro_batches(lengths[trained].tolist(), self._settings.micro_batch_tokens):
-            self._stop.check()
-            with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, rows_of(inputs, trained[batch]))
-            self.accelerator.backward(loss)
-            total += loss.detach()
+        sizes = lengths[trained].tolist()
+
+        def passes(budget: int) -> torch.Tensor:
+            return self._passes(model, inputs, [trained[batch] for batch in micro_batches(sizes, budget)])
+
+        total = in_smaller_passes(self.passes, sizes, model, passes, "an OFSD step")
+        self._guard.see("loss", total)
+        return total.nan_to_num(0.0, 0.0, 0.0)  # it would spoil the loss of every later step in the log
+
+    def _passes(self, model: Any, inputs: dict[str, Any], batches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The loss of these batches of pairs, their gradient, and what TRL notes of them."""
+        total = torch.zeros((), device=inputs["loss_mask"].device)
+        noted = {name: len(values) for name, values in self._metrics["train"].items()}
+        try:
+            for batch in batches:
+                self._stop.check()
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(model, rows_of(inputs, batch))
+                self.accelerator.backward(loss)
+                total += loss.detach()
+        except BaseException:
+            for name, values in self._metrics["train"].items():
+                del values[noted.get(name, 0) :]  # the passes are made again, and noted then
+            raise
         return total
 
 
@@ -195,9 +221,11 @@ def train_ofsd(
         stop: looked at between passes.
 
     Returns:
-        `{"steps"}`: updates done; none without pairs, or with one alone for a foreign reference.
+        `{"steps"}`: updates done, skipped ones included; none without pairs, or with one alone for a foreign reference.
+        Where there were any, also `skipped`, the number of those, and `micro_batch_tokens` if memory made it smaller.
 
     Raises:
+        UserError: if update after update has to be skipped.
         Interrupted: if it was stopped.
     """
     stage = config.ofsd
@@ -214,11 +242,11 @@ def train_ofsd(
         return {
             "stage": "ofsd",
             "round": round_index,
-            "loss": logs.get("loss"),
-            "grad_norm": logs.get("grad_norm"),
+            **guard.figures(logs),
             "learning_rate": logs.get("learning_rate"),
         }
 
+    guard = UpdateGuard(f"round{round_index}.ofsd", "ofsd.learning_rate")
     reporter = StepReporter(describe, on_step, deadline, limit, keeper)
     arguments = DistillationConfig(
         **trainer_arguments(
@@ -240,15 +268,18 @@ def train_ofsd(
                     {"prompt": [str(index) for index in order[: steps * stage.batch_size]]}
                 ),
                 processing_class=tokenizer,
-                callbacks=[reporter],
+                callbacks=[reporter, guard],
                 rows=training_rows(protocol, pairs, config),
                 settings=stage,
                 stop=stop or Stop(),
+                guard=guard,
             )
         drop_printer(trainer)
+        if keeper is not None:
+            keeper.hold(guard=guard, passes=trainer.passes)
         with reporting(trainer, tracked):
             train(trainer, keeper)
     finally:
         drop_adapter(model, TEACHER)
         model.eval()
-    return {"steps": reporter.steps}
+    return {"steps": reporter.steps, "skipped": guard.skipped} | trainer.passes.figures()

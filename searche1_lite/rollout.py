@@ -22,6 +22,7 @@ from searche1_lite.protocol import Action, Protocol, parse_turn
 from searche1_lite.reward import exact_match, extract_answer, f1_score
 from searche1_lite.search.base import Passage, Retriever
 from searche1_lite.seeding import derive_seed
+from searche1_lite.shrinking import Limit
 from searche1_lite.trajectory import Question, Search, Stopped, Trajectory, Turn
 
 HEAD_START = 4
@@ -153,6 +154,7 @@ def rollout(
     check: Callable[[], None] | None = None,
     episode: Callable[..., Episode] = Episode,
     times: RolloutTimes | None = None,
+    slots: Limit | None = None,
 ) -> list[Trajectory]:
     """`n` fresh episodes for each question, question by question.
 
@@ -170,34 +172,44 @@ def rollout(
         check: called before each step, and while passages are waited for. What it raises ends the rollout too.
         episode: makes an episode, to be replaced where a benchmark writes the script or someone watches.
         times: where the time spent is added up, by part.
+        slots: in place of `engine.batch_size`; if the GPU's memory runs out, it is lowered and what was unfinished is
+            played again. None: the error is the caller's.
+
+    Raises:
+        UserError: with `slots`, if an episode by itself is too much.
     """
     began, times = time.perf_counter(), times or RolloutTimes()
     room = protocol.config.max_completion_tokens
-    rows = engine.batch_size
+    longest = usual = protocol.config.max_prompt_tokens
     if prompts is None:
         prompts = [protocol.prompt_ids(question.question) for question in questions]
     else:
-        # Longer prompts than usual, such as those that show a reference: fewer rows, for the same size of KV cache.
-        usual, longest = protocol.config.max_prompt_tokens, max(map(len, prompts), default=0)
-        rows = max(1, rows * (usual + room) // (max(usual, longest) + room))
-    seats = [
-        _Seat(
-            episode(question, sample, prompt, protocol, logprobs),
-            None if greedy else UniformStream(derive_seed(*seed_parts, question.id, sample)),
-            group,
-        )
-        for group, (question, prompt) in enumerate(zip(questions, prompts, strict=True))
-        for sample in range(n)
-    ]
+        longest = max(usual, max(map(len, prompts), default=0))
+    seats: list[_Seat | None] = [None] * (len(questions) * n)
     if not seats:
         return []
-    rows = min(rows, len(seats))
+
+    def rows_for(size: int) -> int:
+        """Rows that take as much memory as `size` usual ones: fewer where prompts are longer, as those that show a
+        reference are."""
+        return min(len(seats), max(1, size * (usual + room) // (longest + room)))
+
+    def fill_seats() -> list[_Seat]:
+        """A fresh episode for every one that is not over."""
+        for place, seat in enumerate(seats):
+            if seat is None or not seat.episode.over:
+                group, sample = divmod(place, n)
+                question = questions[group]
+                stream = None if greedy else UniformStream(derive_seed(*seed_parts, question.id, sample))
+                seats[place] = _Seat(episode(question, sample, prompts[group], protocol, logprobs), stream, group)
+        return [seat for seat in seats if seat is not None]
+
     cpu = model.device.type == "cpu"
-    shadow = uses_shadow(engine, model.device.type, rows)
-    was_training = model.training
-    model.eval()
-    try:
-        with shadow_weights(model, shadow), compute_context(model):
+
+    def play(size: int) -> list[_Seat]:
+        filled = fill_seats()
+        rows = rows_for(size)
+        with shadow_weights(model, uses_shadow(engine, model.device.type, rows)), compute_context(model):
             decoder = Decoder(
                 model,
                 tokenizer,
@@ -207,15 +219,37 @@ def rollout(
                 greedy=greedy,
                 logprobs=logprobs,
             )
-            _Play(decoder, retriever, k, rows, cpu, times, on_progress, on_token, check).run(seats)
-            del decoder
+            waiting = [seat for seat in filled if not seat.episode.over]
+            _Play(decoder, retriever, k, rows, cpu, times, on_progress, on_token, check).run(waiting)
+        return filled
+
+    was_training = model.training
+    model.eval()
+    try:
+        if slots is None:
+            played = play(engine.batch_size)
+        else:
+            played = slots.until_it_fits(
+                play,
+                lambda size: _fewer(size, rows_for),
+                "rollouts",
+                "one episode by itself is too much; lower protocol.max_completion_tokens",
+            )
     finally:
         model.train(was_training)
         if not cpu:
             torch.cuda.empty_cache()
-    trajectories = [seat.episode.finish() for seat in seats]
+    trajectories = [seat.episode.finish() for seat in played]
     times.total += time.perf_counter() - began
     return trajectories
+
+
+def _fewer(size: int, rows_for: Callable[[int], int]) -> int | None:
+    """The largest half, quarter, ... of `size` that comes to at most half as many rows; None if there is one row."""
+    rows = rows_for(size)
+    while rows > 1 and rows_for(size) > max(1, rows // 2):
+        size = size // 2
+    return size if rows > 1 else None
 
 
 @dataclass(slots=True, eq=False)
@@ -277,6 +311,7 @@ class _Play:
         finally:
             for asked in self._asked:
                 asked.found.cancel()
+            self._report()  # what was over when something broke off need not be played again
 
     def _go_on(self) -> None:
         """Reads, if it is time to, and writes one token."""
@@ -294,9 +329,12 @@ class _Play:
             self._write()
         if not self._queue:
             self._compact()
-        if self._over and self._on_progress is not None:
-            self._on_progress(self._over)
-        self._over = 0
+        self._report()
+
+    def _report(self) -> None:
+        over, self._over = self._over, 0
+        if over and self._on_progress is not None:
+            self._on_progress(over)
 
     def _has_arrived(self, asked: _Asked) -> bool:
         return self._step - asked.step >= HEAD_START if self._in_step else asked.found.done()

@@ -34,11 +34,15 @@ class Stage:
 
 
 def next_stage(config: Config, done: Sequence[dict[str, Any]]) -> Stage | None:
-    """The stage after those that are `done`, or None if the rounds or the budget are at their end.
+    """The stage after those that are `done`, or None if the rounds or the budget are at their end, or a collapse made
+    one.
 
     Args:
-        done: a summary's stages: `name`, `seconds` and, where something was trained, `steps`.
+        done: a summary's stages: `name`, `seconds` and, where something was trained, `steps`; `ended` where the watch
+            for a collapse ended one.
     """
+    if any(stage.get("ended") == "stop" for stage in done):
+        return None
     names = {stage["name"] for stage in done}
     updates = seconds = None
     if config.budget.updates:

@@ -17,7 +17,7 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from searche1_lite.checkpoint import RunFolder
+from searche1_lite.errors import UserError
 from searche1_lite.interrupt import Interrupted
 from searche1_lite.model import load_adapter_weights, save_adapter
 
@@ -33,6 +34,14 @@ Resumed = tuple[Path, dict[str, Any]]
 """A checkpoint within a stage, and what it says about the stage."""
 
 _TRAINER_STATE = "trainer_state.json"
+
+
+class Holdable(Protocol):
+    """What has a state that training depends on, in what JSON can say."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
 
 
 class StageKeeper:
@@ -64,6 +73,8 @@ class StageKeeper:
         self.spent: float = within.get("seconds", 0.0)
         """Seconds of training before this process took it up."""
         self.steps: int = within.get("step", 0)
+        self._parts: dict[str, Holdable] = {}
+        self._parts_then: dict[str, Any] = within.get("parts", {})
         self._start = _copy_of(model)
         self._metrics_began: int = within.get("metrics_began", folder.metrics_size())
         self._began = time.monotonic()
@@ -77,6 +88,13 @@ class StageKeeper:
         """Of training, in all processes that were at it."""
         return self.spent + time.monotonic() - self._began
 
+    def hold(self, **parts: Holdable) -> None:
+        """Has these parts' state in its checkpoints too, and gives each what it had in the one that it goes on from."""
+        self._parts |= parts
+        for name, part in parts.items():
+            if name in self._parts_then:
+                part.restore(self._parts_then[name])
+
     def note(self, step: int) -> None:
         """The step is done and logged: where everything is, should the next one not come to its end."""
         self.steps = step
@@ -85,6 +103,7 @@ class StageKeeper:
             "step": step,
             "seconds": round(self.seconds, 3),
             "figures": dict(self.figures),
+            "parts": {name: part.state() for name, part in self._parts.items()},
             "metrics_began": self._metrics_began,
             "sizes": {name: self._folder.trajectories_size(name) for name in self._grown},
         }
@@ -145,12 +164,12 @@ class ResumableTrainer(Trainer):
 
 
 def train(trainer: ResumableTrainer, keeper: StageKeeper | None) -> None:
-    """Trains from where the stage is. If it is stopped, the last whole step is kept, and `Interrupted` passed on."""
+    """Trains from where the stage is. If it is stopped, or ends in what can be mended, the last whole step is kept."""
     trainer.keeper = keeper
     source = keeper.resumed_from if keeper is not None else None
     try:
         trainer.train(resume_from_checkpoint=None if source is None else str(source))
-    except Interrupted:
+    except (Interrupted, UserError):
         if keeper is not None:
             keeper.save(trainer)
         raise

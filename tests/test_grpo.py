@@ -51,6 +51,7 @@ QUESTIONS = [Question(name, f"What about {name}?", ["Peru"]) for name in ("river
 KEYS = {
     "stage", "round", "step", "loss", "reward", "em", "kl", "grad_norm", "zero_std_fraction", "searches", "tokens",
     "tokens_per_second", "rollout_seconds", "learning_rate", "seconds", "skipped_groups", "sampling_logprob_difference",
+    "skipped", "unanswered_rate", "invalid_rate", "no_search_rate", "repetition", "all_wrong_fraction",
 }  # fmt: skip
 
 
@@ -207,7 +208,8 @@ def test_records_have_the_documented_keys_and_finite_figures_that_fit_the_rollou
     for step, (record, batch) in enumerate(zip(stage.records, stage.batches, strict=True), start=1):
         assert record.keys() == KEYS
         assert record["stage"] == "grpo" and record["round"] == 2 and record["step"] == step
-        assert all(math.isfinite(value) for key, value in record.items() if key != "stage")
+        assert record["skipped"] is None
+        assert all(math.isfinite(value) for key, value in record.items() if key not in ("stage", "skipped"))
         assert record["em"] == pytest.approx(sum(t.reward for t in batch) / 8)
         assert record["reward"] == pytest.approx(record["em"])
         assert record["searches"] == sum(t.n_searches for t in batch) / 8

@@ -309,9 +309,12 @@ def test_an_epoch_takes_every_pair_and_a_last_batch_is_filled_up(
 def test_records_have_the_documented_keys_and_finite_figures(policy, pairs, tmp_path: Path) -> None:
     _, records = distil(policy, pairs, tmp_path, epochs=2)
     for step, record in enumerate(records, start=1):
-        assert record.keys() == {"stage", "round", "step", "loss", "grad_norm", "learning_rate", "seconds"}
+        assert record.keys() == {
+            "stage", "round", "step", "loss", "grad_norm", "learning_rate", "seconds", "skipped",
+        }  # fmt: skip
         assert record["stage"] == "ofsd" and record["round"] == 1 and record["step"] == step
-        assert all(math.isfinite(value) for key, value in record.items() if key != "stage")
+        assert record["skipped"] is None
+        assert all(math.isfinite(value) for key, value in record.items() if key not in ("stage", "skipped"))
 
 
 def test_two_stages_with_the_same_seed_end_bit_equal(tiny_policy_folder: Path, pairs, tmp_path: Path) -> None:

@@ -54,3 +54,9 @@ def test_whichever_budget_is_used_up_first_ends_the_run() -> None:
     assert next_stage(config, finished(("round1.grpo", 8, 40.0))) is None
     assert next_stage(config, finished(("round1.grpo", 40, 4.0))) is None
     assert next_stage(config, finished(("round1.grpo", 39, 39.0))).updates == 1
+
+
+def test_a_stage_that_a_collapse_stopped_is_the_last_and_one_that_went_back_is_not() -> None:
+    config, (base, stage) = configured("rounds=2"), finished(("round1.grpo", 8, 1.0))
+    assert next_stage(config, [base, stage | {"ended": "stop"}]) is None
+    assert next_stage(config, [base, stage | {"ended": "rollback"}]).name == "round1.ofsd"
