@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from searche1_lite.ask import Answer, Asker, AskSettings, Comparison, Event, Found, Searched, Told, Wrote
-from searche1_lite.search.base import Passage
+from searche1_lite.search.base import FailedSearch, Passage
 from searche1_lite.sources import picked_out
 from searche1_lite.terminal import one_line, plain_text
 
@@ -82,6 +82,8 @@ class AnswerView:
             case Searched(query):
                 self._end_turn("search")
                 self._line("search  ", "cyan", one_line(query, 500))
+            case Found(_, FailedSearch(reason=reason)):
+                self._line("  failed ", "yellow", one_line(reason, 300))
             case Found(_, passages):
                 if self._trace == "all":
                     for passage in passages:
@@ -173,7 +175,7 @@ def comparison_table(compared: Comparison, adapter: str, settings: AskSettings) 
 
     def searches(answer: Answer) -> Text:
         lines = [
-            f"{number}. {one_line(search.query, 120)}\n   {_titles(search.passages)}"
+            f"{number}. {one_line(search.query, 120)}\n   {'failed' if search.failed else _titles(search.passages)}"
             for number, search in enumerate(answer.searches, 1)
         ]
         return Text("\n".join(lines) or "none")

@@ -111,8 +111,9 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `ask --json`; `error` only where there is one."""
-        record = asdict(replace(self, events=[]))
+        record = asdict(replace(self, events=[], searches=[]))
         del record["events"]
+        record["searches"] = [search.to_dict() for search in self.searches]
         if self.error is None:
             del record["error"]
         return record | {"seconds": round(self.seconds, 3)}

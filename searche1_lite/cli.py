@@ -330,6 +330,46 @@ def index(
     typer.echo(str(out))
 
 
+@app.command("serve-search")
+def serve_search_command(
+    overrides: Overrides = None,
+    index: Annotated[
+        str | None, typer.Option(help="The index: its folder, wiki-18, or one of Pyserini's names; search.index.")
+    ] = None,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    host: Annotated[
+        str, typer.Option(help="The address to be reached at; beyond this machine only with a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0: a free one.")] = 8000,
+    workers: Annotated[
+        int, typer.Option(min=1, max=64, help="Processes over the same index, each with a Java machine of its own.")
+    ] = 1,
+    token: Annotated[
+        str | None, typer.Option(help="What clients have to show; better given as SEARCHE1_LITE_TOKEN.")
+    ] = None,
+    yes: Yes = False,
+) -> None:
+    """Serve a search engine, as Search-R1 does: POST /retrieve. Example: searche1-lite serve-search --index my-index"""
+    from searche1_lite.config import load_config
+    from searche1_lite.serving import find_token, listen
+
+    given = {"search.index": index} if index else {}
+    search = load_config(preset, config, overrides or [], before=given).search
+    place = listen(host, port, find_token(token))  # what is wrong with it is told before the index is opened
+    from searche1_lite.search.catalog import describe_source
+    from searche1_lite.search.workers import serve_search
+
+    try:
+        ready = search.url is not None or (search.index is not None and describe_source(search)[0] == "ok")
+        if not ready:  # it is built or fetched here, once, with progress
+            _prepare_search(search, yes)
+        serve_search(search, place, workers)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        raise typer.Exit(130) from None
+
+
 def _prepare_search(search: "SearchConfig", yes: bool) -> None:
     """Builds or fetches what the search needs before anything heavy is loaded, so that it is asked about at once."""
     from searche1_lite.console import RichTasks, confirmation

@@ -65,6 +65,27 @@ class SearchConfig:
     b: Fraction = 0.4
     threads: PositiveInt = 2
     """Threads that answer one batch of queries."""
+    url: str | None = None
+    """A search server instead, of `serve-search` or another one of Search-R1's protocol, such as
+    `http://127.0.0.1:8000/retrieve`. The token that it may ask for is read from SEARCHE1_LITE_SEARCH_TOKEN."""
+    timeout_seconds: PositiveFloat = 30.0
+    """What one request to `url` may take, from the connection to the last byte."""
+    retries: Annotated[int, Field(ge=0, le=20)] = 6
+    """More tries where a request to `url` finds no connection, times out, or the server is busy or failing (429, 5xx);
+    the pauses between them double from half a second to half a minute."""
+    on_failure: Literal["stop", "empty"] = "stop"
+    """What a search is that `url` did not answer in the end. `stop`: the end of the run, which goes on with --resume.
+    `empty`: a marked empty result, told to the policy with `protocol.search_failed_message`, and counted."""
+
+    def __post_init__(self) -> None:
+        if self.url is None:
+            return
+        # A preset's demo corpus says nothing about a server given over it.
+        for key, value in (("index", self.index), ("corpus", None if self.corpus == "demo" else self.corpus)):
+            if value is not None:
+                raise UserError(
+                    f"search.url={self.url} and search.{key}={value} both say what is searched; set one of them to null"
+                )
 
 
 @dataclass(config=_STRICT)
@@ -100,6 +121,8 @@ class ProtocolConfig:
     information_template: str = "\n\n<information>{documents}</information>\n\n"
     document_template: str = "Doc {rank} (Title: {title}) {text}\n"
     no_result_message: str = "No results."
+    search_failed_message: str = "The search failed; nothing was looked up."
+    """In the place of documents after a search that could not be made (`search.on_failure=empty`)."""
     correction_message: str = (
         "\nThat was neither a search nor an answer. To search, write <search> query </search>. To answer, write "
         "<answer> answer </answer>.\n"

@@ -91,6 +91,8 @@ def _packages(config: Config) -> tuple[str, str]:
 def _java(config: Config) -> tuple[str, str]:
     from searche1_lite.search.jvm import find_java
 
+    if config.search.url is not None:
+        return "ok", "not needed: a server searches"
     java = find_java()
     return "ok", f"Java {java.version} ({java.source})"
 

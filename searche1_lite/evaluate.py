@@ -43,6 +43,8 @@ class Outcome:
     """Written by the model."""
     seconds: float | None = None
     """Its share of the wall time of the questions that were answered together, where that was taken."""
+    failed_searches: int = 0
+    """Searches that could not be made, `given` ones included."""
 
 
 def outcome(trajectory: Trajectory, seconds: float | None = None) -> Outcome:
@@ -69,6 +71,7 @@ def outcome(trajectory: Trajectory, seconds: float | None = None) -> Outcome:
         stopped=trajectory.stopped,
         tokens=trajectory.n_model_tokens,
         seconds=seconds,
+        failed_searches=trajectory.n_failed_searches,
     )
 
 
@@ -112,12 +115,12 @@ def summarize(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
     Returns:
         `em`, `em_ci95` ([low, high], 95% percentile bootstrap over questions), `f1`, `f1_ci95`, `n` (questions),
         `searches_per_question`, `searches_per_correct` (all searches / correct episodes; None if none is correct),
-        `no_search_rate`, `invalid_rate` (episodes with an invalid turn), `unanswered_rate`, `tokens_per_answer` (mean
-        model-written tokens an episode), `retriever_recall` (share of episodes in which a gold answer stood in a
-        passage, of those where something was looked up and `holds_gold` can tell; None if there are none), `misses`
-        (wrong episodes: `search` where no passage held a gold answer, `reasoning` where one did, `no_search` where
-        nothing was looked up, `undecided` where it cannot be told), `em_by_hops` where the questions' metadata has
-        `hops`, and `seconds_per_question` where the time was taken.
+        `no_search_rate`, `failed_searches` (how many could not be made), `invalid_rate` (episodes with an invalid
+        turn), `unanswered_rate`, `tokens_per_answer` (mean model-written tokens an episode), `retriever_recall` (share
+        of episodes in which a gold answer stood in a passage, of those where something was looked up and `holds_gold`
+        can tell; None if there are none), `misses` (wrong episodes: `search` where no passage held a gold answer,
+        `reasoning` where one did, `no_search` where nothing was looked up, `undecided` where it cannot be told),
+        `em_by_hops` where the questions' metadata has `hops`, and `seconds_per_question` where the time was taken.
         `by_data_set`, where the metadata has `data_set`, holds the same for each set; for more than one of them,
         `em_average` and `f1_average` are the means over sets that papers call the average, each with its `_ci95` (a
         bootstrap within each set).
@@ -160,6 +163,7 @@ def _figures(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
         "searches_per_question": searches / len(outcomes),
         "searches_per_correct": searches / correct if correct else None,
         "no_search_rate": _share(outcomes, lambda item: item.searches == 0),
+        "failed_searches": sum(item.failed_searches for item in outcomes),
         "invalid_rate": _share(outcomes, lambda item: item.invalid > 0),
         "unanswered_rate": _share(outcomes, lambda item: item.answer is None),
         "tokens_per_answer": float(np.mean([item.tokens for item in outcomes])),

@@ -45,6 +45,8 @@ def evaluation_parts(result: dict[str, Any]) -> list[Table | str]:
         if by_hops := figures.get("em_by_hops"):
             told = ", ".join(f"{_shown(hops)}: {em:.3f}" for hops, em in by_hops.items())
             parts.append(f"EM by hops, {_shown(name)}: {told}")
+    if failed := result.get("failed_searches"):
+        parts.append(f"{failed} {'search' if failed == 1 else 'searches'} failed and found nothing for it")
     spent = f"{result['tokens_per_answer']:.0f} tokens and {result['seconds_per_question']:.2f} s a question"
     return [*parts, _misses(result["misses"]), spent]
 

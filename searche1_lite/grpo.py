@@ -333,6 +333,7 @@ def train_grpo(
             "skipped_groups": int(logs["skipped_groups"]),
             "sampling_logprob_difference": logs.get("sampling_logprob_difference"),
             "searches": sum(t.n_searches for t in trajectories) / len(trajectories),
+            "failed_searches": sum(t.n_failed_searches for t in trajectories),
             "tokens": tokens,
             "tokens_per_second": round(tokens / latest["seconds"], 1),
             "rollout_seconds": round(latest["seconds"], 3),

@@ -61,7 +61,7 @@ def ask_by(method: Method, questions: Sequence[Question], protocol: Protocol, re
     queries = [question.question.strip() for question in questions]
     found = retriever.search(queries, k)
     prompts = [protocol.rag_prompt_ids(query, passages) for query, passages in zip(queries, found, strict=True)]
-    return Asked(prompts, [[Search(query, passages)] for query, passages in zip(queries, found, strict=True)])
+    return Asked(prompts, [[Search.of(query, passages)] for query, passages in zip(queries, found, strict=True)])
 
 
 def check_questions(method: Method, questions: Sequence[Question], protocol: Protocol) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from searche1_lite.config import ProtocolConfig
 from searche1_lite.errors import UserError
-from searche1_lite.search.base import Passage
+from searche1_lite.search.base import FailedSearch, Passage
 from searche1_lite.trajectory import Question, Trajectory
 
 if TYPE_CHECKING:
@@ -238,7 +238,8 @@ class Protocol:
             )
             ids += self._encode_document(text)[: self.config.max_document_tokens]
         if not passages:
-            ids += self._encode(self.config.no_result_message)
+            failed = isinstance(passages, FailedSearch)
+            ids += self._encode(self.config.search_failed_message if failed else self.config.no_result_message)
         return ids
 
     def correction_ids(self) -> list[int]:

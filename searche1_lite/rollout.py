@@ -101,7 +101,7 @@ class Episode:
                 if self._told_no_more_twice():
                     return self._end("turn_budget")
                 return self._reply(self.protocol.no_more_searches_ids())
-            self.trajectory.searches.append(Search(action.content, passages))
+            self.trajectory.searches.append(Search.of(action.content, passages))
             ids = self.protocol.information_ids(passages)
             if self.trajectory.n_searches == self.limits.max_searches:
                 ids = ids + self.protocol.no_more_searches_ids()

@@ -4,10 +4,10 @@ Plain data. Token ids are the truth: `completion_ids` holds the sampled ids as s
 inserted; `loss_mask` tells them apart. Nothing downstream decodes and re-tokenises.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from searche1_lite.search.base import Passage
+from searche1_lite.search.base import FailedSearch, Passage
 
 TurnKind = Literal["search", "answer", "invalid"]
 Stopped = Literal["answer", "end", "turn_budget", "token_budget"]
@@ -41,6 +41,21 @@ class Search:
 
     query: str
     passages: list[Passage]
+    failed: str | None = None
+    """Why the search could not be made, if it could not: it found nothing because nobody looked. Episodes go on from
+    there only with `search.on_failure=empty`."""
+
+    @classmethod
+    def of(cls, query: str, found: list[Passage]) -> "Search":
+        """The record of a search and what a `Retriever` gave for it."""
+        return cls(query, list(found), found.reason if isinstance(found, FailedSearch) else None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`failed` only where it did."""
+        record = asdict(self)
+        if self.failed is None:
+            del record["failed"]
+        return record
 
 
 @dataclass(slots=True)
@@ -81,6 +96,11 @@ class Trajectory:
         return len(self.searches)
 
     @property
+    def n_failed_searches(self) -> int:
+        """Of the searches, also those made for the policy, how many could not be made."""
+        return sum(search.failed is not None for search in [*self.searches, *self.given])
+
+    @property
     def n_model_tokens(self) -> int:
         return sum(self.loss_mask)
 
@@ -90,7 +110,8 @@ class Trajectory:
         return sum(turn.kind == "invalid" for turn in self.turns)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        lookups = {key: [search.to_dict() for search in getattr(self, key)] for key in ("searches", "given")}
+        return asdict(replace(self, searches=[], given=[])) | lookups
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Trajectory":
@@ -106,4 +127,5 @@ class Trajectory:
 
 
 def _search(data: dict[str, Any]) -> Search:
-    return Search(data["query"], [Passage(**passage) for passage in data["passages"]])
+    passages = [Passage(**passage) for passage in data["passages"]]
+    return Search(data["query"], passages, data.get("failed"))

@@ -41,6 +41,7 @@ VIEWER = '<div id="viewer"><noscript>The viewer needs JavaScript; nothing is loa
 
 def _facts(run: RunRecord) -> dict[str, object]:
     config, summary = run.config, run.summary
+    searched = config and (config.search.url or config.search.index or config.search.corpus)
 
     def data(part: str) -> str | None:
         found = summary.get(part)
@@ -50,7 +51,7 @@ def _facts(run: RunRecord) -> dict[str, object]:
 
     return {
         "model": summary.get("model", config and config.model.name),
-        "retriever": summary.get("retriever", config and (config.search.index or config.search.corpus)),
+        "retriever": summary.get("retriever", searched),
         "seed": summary.get("seed", config and config.seed),
         "trained on": data("training"),
         "evaluated on": data("evaluation"),

@@ -148,6 +148,7 @@ def _compact(record: dict[str, Any]) -> dict[str, Any] | None:
                 [
                     str(search["query"]),
                     [[str(p["title"]), str(p["text"]), finite(p.get("score"))] for p in search["passages"]],
+                    *([str(search["failed"])] if search.get("failed") else []),
                 ]
                 for search in record["searches"]
             ],
@@ -288,7 +289,12 @@ class _Packer:
                 "metadata": question["metadata"],
                 "trajectories": [
                     {key: value for key, value in record.items() if key not in ("question", "searches")}
-                    | {"searches": [[query, [self._numbered(p) for p in found]] for query, found in record["searches"]]}
+                    | {
+                        "searches": [
+                            [query, [self._numbered(p) for p in found], *failed]
+                            for query, found, *failed in record["searches"]
+                        ]
+                    }
                     for record in records
                 ],
             },

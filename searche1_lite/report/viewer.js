@@ -399,7 +399,7 @@
   const tagged = (text) =>
     text.split(/(<\/?(?:think|search|answer)>)/).map((part, i) => (i % 2 ? el("span", { class: "tag" }, part) : part));
 
-  function found([query, hits], passages) {
+  function found([query, hits, failed], passages) {
     const documents = hits.map(([number, score], rank) => {
       const [title, text] = passages[number];
       return el(
@@ -410,7 +410,9 @@
         el("p", { dir: "auto" }, text),
       );
     });
-    const titles = hits.map(([number]) => passages[number][0]).join(" · ") || "nothing found";
+    const titles = failed
+      ? `the search failed: ${failed}`
+      : hits.map(([number]) => passages[number][0]).join(" · ") || "nothing found";
     return el(
       "details",
       { class: "found" },

@@ -24,6 +24,31 @@ def parse_contents(passage_id: str, contents: str, score: float = 0.0) -> Passag
     return Passage(passage_id, title, text.strip(), score)
 
 
+class FailedSearch(list[Passage]):
+    """The empty result of a search that could not be made: nobody may take it for one that found nothing.
+
+    Args:
+        reason: what went wrong, in a line.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+
+MAX_QUERY = 4096
+"""Characters; what comes after is not searched. A term has at least one, so it also bounds Lucene's clauses."""
+
+
+def clean_query(query: str) -> str:
+    """A query as an engine can take it: text without zero characters; a long one is cut, between words if possible."""
+    text = query.encode("utf-8", "replace").decode("utf-8").replace("\0", " ").strip()
+    if len(text) <= MAX_QUERY:
+        return text
+    head, cut = text[:MAX_QUERY], not text[MAX_QUERY].isspace()
+    return head.rsplit(None, 1)[0] if cut and len(head.split(None, 1)) > 1 else head.strip()
+
+
 @runtime_checkable
 class Retriever(Protocol):
     """A batch of queries in, ranked passages out."""
@@ -33,6 +58,8 @@ class Retriever(Protocol):
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """At most `k` passages for each query, best first; an empty list where nothing matches.
+
+        A retriever that may go on where its engine fails gives a `FailedSearch` for each query that was not answered.
 
         Args:
             queries: any strings, empty ones and operators included; each is treated as plain text.

@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from searche1_lite.errors import UserError
-from searche1_lite.search.base import Passage, parse_contents
+from searche1_lite.search.base import MAX_QUERY, Passage, clean_query, parse_contents
 from searche1_lite.search.jvm import start_jvm
 
 _REMEMBERED_QUERIES = 20_000
-_MAX_QUERY = 4096
-"""Characters; what comes after is not searched. A term has at least one, so it also bounds Lucene's clauses."""
-
-
 _FEW = 4
 """Queries that are answered one after the other: threads for a batch would take longer to start."""
 
@@ -64,7 +60,7 @@ class BM25Retriever:
         except JavaException as error:
             why = str(error.innermessage or error).splitlines()[0]
             raise UserError(f"the index at {index} cannot be read ({why}); build or fetch it again") from error
-        autoclass("org.apache.lucene.search.IndexSearcher").setMaxClauseCount(_MAX_QUERY)
+        autoclass("org.apache.lucene.search.IndexSearcher").setMaxClauseCount(MAX_QUERY)
         self._searcher.set_bm25(k1, b)
         self._threads = threads
         if (bare := not self._stores_text()) and open_store is None:
@@ -75,7 +71,7 @@ class BM25Retriever:
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """At most `k` passages for each query, best first. Repeated queries are answered once."""
-        asked = [_clean(query) for query in queries]
+        asked = [clean_query(query) for query in queries]
         wanted = list(dict.fromkeys(query for query in asked if (query, k) not in self._remembered))
         answers = {query: self._remembered[query, k] for query in asked if (query, k) in self._remembered}
         answers |= self._search_distinct(wanted, k)
@@ -116,15 +112,6 @@ class BM25Retriever:
 
 def is_lucene_index(folder: Path) -> bool:
     return any(Path(folder).glob("segments_*"))
-
-
-def _clean(query: str) -> str:
-    """A query as Lucene can take it; a long one is cut, between words if that is possible."""
-    text = query.encode("utf-8", "replace").decode("utf-8").replace("\0", " ").strip()
-    if len(text) <= _MAX_QUERY:
-        return text
-    head, cut = text[:_MAX_QUERY], not text[_MAX_QUERY].isspace()
-    return head.rsplit(None, 1)[0] if cut and len(head.split(None, 1)) > 1 else head.strip()
 
 
 def _parse_raw(raw: str, docid: str, score: float) -> Passage:

@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from searche1_lite.config import SearchConfig
 from searche1_lite.errors import UserError
 from searche1_lite.search.base import Retriever
 from searche1_lite.search.bm25 import BM25Retriever, is_lucene_index
+from searche1_lite.search.http import HTTPRetriever
 from searche1_lite.search.index import cache_folder, ensure_index
 from searche1_lite.search.prebuilt import UNPACKED, fetch_prebuilt, find_prebuilt
 from searche1_lite.search.progress import SILENT, Progress, say_on_stderr
@@ -41,10 +43,13 @@ def open_retriever(
     Raises:
         UserError: if nothing is configured, or what is configured is not there and cannot be built or fetched.
     """
+    if config.url is not None:
+        return _open_server(config, say)
     if config.index is None and config.corpus is None:
         raise UserError(
             "nothing to search is set; set search.corpus to a JSONL file, a folder of text files or demo, or "
-            f"search.index to an index's folder, {WIKI18} or a name such as wikipedia-dpr-100w"
+            f"search.index to an index's folder, {WIKI18} or a name such as wikipedia-dpr-100w, or search.url to a "
+            "search server"
         )
     # A preset's demo corpus says nothing about an index given over it.
     corpus = None if config.corpus in (None, "demo") else Path(config.corpus)
@@ -55,6 +60,16 @@ def open_retriever(
         index = ensure_index(corpus, threads=config.threads, progress=progress, say=say)
     text = (lambda: JsonlStore(corpus, cache_folder() / "corpora", progress)) if corpus else None
     return BM25Retriever(index, config.k1, config.b, config.threads, text)
+
+
+def _open_server(config: SearchConfig, say: Callable[[str], None]) -> HTTPRetriever:
+    return HTTPRetriever(
+        config.url or "",
+        timeout_seconds=config.timeout_seconds,
+        retries=config.retries,
+        on_failure=config.on_failure,
+        say=say,
+    )
 
 
 def _find_index(
@@ -93,14 +108,17 @@ def _demo_corpus() -> Path:
 def describe_source(config: SearchConfig) -> tuple[str, str]:
     """Whether what `open_retriever` would search is at hand: `ok`, `warn` (it would be built or fetched), and in words.
 
-    Nothing is built or fetched.
+    Nothing is built or fetched; a server is asked.
 
     Raises:
         UserError: if it could not be opened.
     """
+    if config.url is not None:
+        with closing(_open_server(config, say_on_stderr)) as server:
+            return "ok", f"{server.name} answers"
     if config.index is None:
         if config.corpus is None:
-            raise UserError("nothing to search is set; set search.corpus or search.index")
+            raise UserError("nothing to search is set; set search.corpus, search.index or search.url")
         if config.corpus == "demo":
             return "ok", "the demo's wiki; its index is built on first use"
         if not Path(config.corpus).exists():
@@ -125,7 +143,7 @@ def bytes_to_fetch(config: SearchConfig) -> dict[Path, int]:
     Raises:
         UserError: for a name that Pyserini does not know.
     """
-    if config.index is None or Path(config.index).exists():
+    if config.url is not None or config.index is None or Path(config.index).exists():
         return {}
     if config.index == WIKI18:
         if (cache_folder() / f"{WIKI18}.json").is_file():

@@ -19,7 +19,7 @@ from searche1_lite.answer_view import Reasoning, figures, why_no_source
 from searche1_lite.ask import Answer, Asker, AskSettings, Event, Found, Searched, Told, Wrote
 from searche1_lite.errors import UserError
 from searche1_lite.report.escaping import visible
-from searche1_lite.search.base import Passage
+from searche1_lite.search.base import FailedSearch, Passage
 from searche1_lite.sources import picked_out
 from searche1_lite.terminal import one_line
 
@@ -140,10 +140,8 @@ def _notes(event: Event, reasoning: Reasoning) -> list[Note]:
         case Searched(query):
             return [*reasoned(reasoning.end("search")), {"type": "searched", "query": visible(query)}]
         case Found(_, passages):
-            failed = getattr(passages, "reason", None)  # of a search that could not be made
-            return [
-                {"type": "found", "passages": list(map(_passage, passages)), "failed": failed and one_line(failed, 300)}
-            ]
+            failed = one_line(passages.reason, 300) if isinstance(passages, FailedSearch) else None
+            return [{"type": "found", "passages": list(map(_passage, passages)), "failed": failed}]
         case Told(text):
             return [*reasoned(reasoning.end(None)), {"type": "told", "text": visible(one_line(text, 500))}]
 
