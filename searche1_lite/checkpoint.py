@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from searche1_lite.config import Config, dump_config, flatten, load_config
+from searche1_lite.config import Config, dump_config, load_config, what_counts
 from searche1_lite.errors import UserError
 from searche1_lite.sealed_folder import (
     SEAL,
@@ -362,9 +362,8 @@ def _read_config(path: Path) -> Config:
 
 
 def _check_same(saved: Config, asked: Config, path: Path) -> None:
-    ours, theirs = flatten(saved), flatten(asked)
-    # How a run is watched and kept makes no other run of it.
-    different = [key for key in ours if ours[key] != theirs[key] and not key.startswith(("logging.", "checkpoint."))]
+    ours, theirs = what_counts(saved), what_counts(asked)
+    different = [key for key in ours if ours[key] != theirs[key]]
     if different:
         shown = ", ".join(f"{key} ({ours[key]!r} there, {theirs[key]!r} now)" for key in different[:3])
         raise UserError(f"{path} holds a run with other settings: {shown}; use those, or choose another --out")

@@ -407,6 +407,14 @@ def flatten(config: Config) -> dict[str, Any]:
     return flat
 
 
+_WITHOUT_EFFECT = ("logging.", "checkpoint.", "search.timeout_seconds", "search.retries")
+
+
+def what_counts(config: Config) -> dict[str, Any]:
+    """`flatten`, without the settings that change nothing in what a run comes to."""
+    return {key: value for key, value in flatten(config).items() if not key.startswith(_WITHOUT_EFFECT)}
+
+
 class _Dumper(yaml.SafeDumper):
     """Writes the line breaks that only Unicode knows as escapes; left as they are, YAML would read them as blanks."""
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from searche1_lite.config import Config, dump_config, flatten, parse_config
+from searche1_lite.config import Config, dump_config, parse_config, what_counts
 from searche1_lite.errors import UserError
 from searche1_lite.sealed_folder import write_atomically
 from searche1_lite.trajectory import Question
@@ -166,7 +166,7 @@ def _read(path: Path) -> tuple[Config, dict[str, Any]]:
 def _what_counts(config: Config) -> dict[str, Any]:
     """The settings that answers depend on: those of training do not."""
     sections = ("seed", "model.", "search.", "protocol.", "engine.")
-    return {key: value for key, value in flatten(config).items() if key.startswith(sections)}
+    return {key: value for key, value in what_counts(config).items() if key.startswith(sections)}
 
 
 def _check_same(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from searche1_lite.benchmarks import load_run_questions
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.collapse import best_stage
-from searche1_lite.config import Config
+from searche1_lite.config import Config, what_counts
 from searche1_lite.diagnostics import WATCHED, watch
 from searche1_lite.divergence import try_losses
 from searche1_lite.engine import uses_shadow
@@ -135,7 +135,7 @@ class Run:
         config = self.config
         asked = {
             "policy": (config.model.name, config.model.revision, config.model.quantization, adapter_digest(self.model)),
-            "environment": (asdict(config.search), asdict(config.protocol)),
+            "environment": {k: v for k, v in what_counts(config).items() if k.startswith(("search.", "protocol."))},
             "arithmetic": (config.engine.batch_size, config.engine.shadow),
             "decoding": "greedy" if greedy else (config.engine.temperature, *seed_parts),
             "questions": [(question.id, question.question, question.golden_answers) for question in questions],
