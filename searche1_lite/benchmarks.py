@@ -19,6 +19,7 @@ from typing import Any
 
 from searche1_lite.config import Config, GRPOStageConfig
 from searche1_lite.errors import UserError
+from searche1_lite.jsonl import MAX_LINE, JsonFault, bounded_lines, parse_json
 from searche1_lite.seeding import derive_seed
 from searche1_lite.trajectory import Question
 
@@ -309,7 +310,7 @@ def _load_public(part: _Part, notice: Notice | None) -> list[Question]:
     ids: dict[str, int] = {}
     total = 0
     try:
-        for _, record in _records(path, columns, shown, optional=() if mixture else ("metadata",)):
+        for _, record in _records(path, columns, shown, () if mixture else ("metadata",), strict=False):
             total += 1
             text, golds = record["question"], record["golden_answers"]
             golds = [gold for gold in golds or () if isinstance(gold, str) and gold.strip()]
@@ -344,11 +345,12 @@ class _DamagedError(Exception):
 
 
 def _records(
-    path: Path, columns: Sequence[str], shown: str, optional: Sequence[str] = ("metadata",)
+    path: Path, columns: Sequence[str], shown: str, optional: Sequence[str] = ("metadata",), strict: bool = True
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line or row number from 1, record) of a JSONL file, gzipped or not, or of a Parquet file.
 
-    Every record has all of `columns` but the optional ones; `shown` names the file in errors.
+    Every record has all of `columns` but the optional ones; `shown` names the file in errors. `strict` refuses NaN,
+    infinities and keys that stand twice.
     """
     needed = [column for column in columns if column not in optional]
     needs = f"a question needs {', '.join(needed[:-1])} and {needed[-1]}"
@@ -356,11 +358,13 @@ def _records(
         yield from _parquet_records(path, columns, needed, f"{shown}: no `{{}}`; {needs}")
         return
     for number, line in _lines(path):
+        if line is None:
+            raise UserError(f"{shown}:{number}: a line of more than {MAX_LINE // 2**20} MB; mend or delete it")
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            record = parse_json(line, strict)
+        except JsonFault as error:
             raise UserError(f"{shown}:{number}: not a JSON line ({error}); mend or delete it") from error
         if not isinstance(record, dict):
             raise UserError(f"{shown}:{number}: not a JSON object; write id, question and golden_answers")
@@ -370,10 +374,10 @@ def _records(
         yield number, record
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         try:
-            yield from enumerate(file, start=1)
+            yield from bounded_lines(file)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise _DamagedError(str(error)) from error
 

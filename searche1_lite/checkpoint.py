@@ -341,7 +341,7 @@ def _read_answers(answers: Path, note: Path, key: str) -> tuple[list[dict[str, A
         if len(text) < kept["bytes"]:
             return None
         return [json.loads(line) for line in text.splitlines()], kept["seconds"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -48,7 +48,7 @@ def train(
     if resume and out and not (preset or config or overrides) and (out / "config.yaml").is_file():
         config = out / "config.yaml"  # the run's own settings
     settings, preset = _settings(preset, config, overrides)
-    folder_path = out or Path("runs") / (preset or (config.stem if config else "default"))
+    folder_path = out or Path("runs") / (preset or (config.stem.strip(".") if config else "") or "default")
     from searche1_lite.benchmarks import load_run_questions
     from searche1_lite.checkpoint import RunFolder
     from searche1_lite.tracking import check_trackers

@@ -41,10 +41,13 @@ Trackers = Annotated[list[Literal["tensorboard", "trackio", "wandb"]], BeforeVal
 class ModelConfig:
     name: str = "Qwen/Qwen2.5-3B"
     """`demo` for the shipped policy, a folder, or a hub name."""
-    revision: str | None = None
+    revision: Annotated[str, Field(pattern=r"^\w[\w+-]*([./]\w[\w+-]*)*$", max_length=200)] | None = None
     """Hub revision, for a run that can be repeated."""
     quantization: Literal["nf4", "none"] = "nf4"
     """`nf4`: 4-bit base with double quantisation. `none`: the base as stored."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model, which can do whatever you can. Off, no such code is fetched or
+    run, and a model that needs it is refused."""
     lora_rank: PositiveInt = 16
     lora_alpha: PositiveInt = 32
     gradient_checkpointing: bool = True
@@ -269,7 +272,7 @@ class LoggingConfig:
 
     report_to: Trackers = field(default_factory=list)
     """The Trainer's `report_to`: `tensorboard`, `trackio`, `wandb`, or several; each is an extra to install."""
-    project: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    project: Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)] | None = None
     """The runs' project in wandb and trackio; null: `WANDB_PROJECT` for wandb, else `searche1-lite`."""
     samples: Count = 4
     """Trajectories in a table of samples on the terminal; 0: no tables."""
@@ -333,6 +336,10 @@ _SECTIONS = [item.name for item in fields(Config) if is_dataclass(item.type)]
 
 PRESETS = Path(__file__).parent / "presets"
 
+_MAX_YAML = 2**20
+"""Bytes."""
+_MAX_DEPTH, _MAX_NODES = 50, 20_000
+
 
 def preset_names() -> list[str]:
     """The shipped presets."""
@@ -368,7 +375,7 @@ def load_config(
         if not separator or not re.fullmatch(r"\w+(\.\w+)*", key.strip()):
             raise UserError(f"{override!r} is not an override; write key=value, such as grpo.steps=20")
         try:
-            value = yaml.load(text, _Loader)
+            value = parse_yaml(text)
         except yaml.YAMLError as error:
             raise UserError(f"the value in {override!r} is not valid YAML; quote it") from error
         _merge(data, _nested({key.strip(): value}))
@@ -427,7 +434,26 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice, where YAML keeps the last one in silence, and a key that is not a plain word."""
+    """Refuses a key given twice, where YAML keeps the last one in silence, and a key that is not a plain word.
+
+    Also what is nested deep, or grows large where aliases are written out: copies and messages write them out.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, "nested too deeply", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > _MAX_NODES:
+            raise yaml.composer.ComposerError(None, None, "its aliases stand for too much", node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -440,10 +466,39 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many nodes there are below one, each alias counted as what it stands for; infinity for an endless one."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # for an alias of something that it is itself part of
+        inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_written_out(part, known) for part in parts)
+    return known[id(node)]
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML document, read safely and within bounds.
+
+    Raises:
+        yaml.YAMLError: for whatever it cannot be read as.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        # PyYAML converts a date such as 2001-99-99 or a tag such as `!!int x` without a check.
+        raise yaml.YAMLError(f"a value cannot be converted: {str(error)[:80]}") from error
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file of `key: value` lines, read safely; UserError where it is not one."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        with path.open("rb") as file:
+            content = file.read(_MAX_YAML + 1)
+        if len(content) > _MAX_YAML:
+            raise UserError(f"the config {path} is larger than {_MAX_YAML // 2**20} MB; check the path")
+        data = parse_yaml(content.decode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}; check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -251,7 +251,7 @@ def model_shape(config: Config) -> "PretrainedConfig":
         if not source.is_dir():
             file = download_file(config.model.name, "config.json", repo_type="model", revision=config.model.revision)
             source = file.parent
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
     except UserError:
         if (known := _KNOWN_SHAPES.get(config.model.name)) is None:
             raise

@@ -18,8 +18,9 @@ from typing import Any
 
 import yaml
 
-from searche1_lite.config import Config, dump_config, parse_config, what_counts
+from searche1_lite.config import Config, dump_config, parse_config, read_yaml, what_counts
 from searche1_lite.errors import UserError
+from searche1_lite.jsonl import JsonFault, bounded_lines, parse_json, read_json
 from searche1_lite.sealed_folder import write_atomically
 from searche1_lite.trajectory import Question
 
@@ -58,7 +59,7 @@ class EvaluationFolder:
     def result(self) -> dict[str, Any] | None:
         """The figures, if the evaluation is done."""
         path = self.path / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_json(path, "delete it, and --resume counts anew") if path.is_file() else None
 
     def start(self) -> list[dict[str, Any]]:
         """Makes what is not there yet, mends what was cut off, and gives the lines of the questions that are done.
@@ -93,12 +94,12 @@ class EvaluationFolder:
         if not path.is_file():
             return done
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in bounded_lines(file):
                 try:
-                    record = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
+                    record = parse_json(line) if line is not None and line.endswith(b"\n") else None
+                except JsonFault:
                     record = None
-                if not isinstance(record, dict):
+                if line is None or not isinstance(record, dict):
                     break  # as a crash of the machine leaves it
                 if number > len(self._ids) or record.get("id") != self._ids[number - 1]:
                     raise UserError(f"{path}:{number} is not the question that comes there; choose another --out")
@@ -153,9 +154,9 @@ def _read(path: Path) -> tuple[Config, dict[str, Any]]:
     """The settings of the evaluation that is there, and what it asks beside them."""
     file = path / "config.yaml"
     try:
-        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+        saved = read_yaml(file)
         there = dict(saved.pop("evaluation"))
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (UserError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not empty and holds no evaluation; choose another --out") from error
     try:
         return parse_config(saved), there

@@ -95,7 +95,8 @@ def _make_weights(folder: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=compute_dtype(device))
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(shape, dtype=compute_dtype(device))
     model.save_pretrained(folder)
 
 

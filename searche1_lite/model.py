@@ -5,7 +5,6 @@ move the policy. LoRA weights are fp32 masters on every device; activations and 
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -16,8 +15,6 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,6 +27,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from searche1_lite.config import ModelConfig
 from searche1_lite.errors import UserError
 from searche1_lite.hub import download_folder
+from searche1_lite.model_files import check_model_files, check_weights, read_adapter_config, read_adapter_weights
 from searche1_lite.seeding import derive_seed
 
 ADAPTER = "default"
@@ -181,7 +179,7 @@ def load_policy(
             adapter.
     """
     source = resolve_model(config.name)
-    peft_config = lora_config(config) if adapter is None else _read_adapter_config(adapter)
+    peft_config = lora_config(config) if adapter is None else read_adapter_config(adapter)
     if adapter is not None:
         _check_base(adapter, peft_config, config.name)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -198,29 +196,42 @@ def load_policy(
     )
     folder = _fetch_model(source, config)
     try:
-        tokenizer = _load_tokenizer(folder)
-        base = AutoModelForCausalLM.from_pretrained(
+        tokenizer = _load_tokenizer(folder, config.trust_remote_code)
+        base, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
             use_safetensors=True,
             dtype=dtype,
             device_map={"": device},
             quantization_config=quantization,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers and tokenizers have no error of their own for files that do not fit
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"cannot load the model {config.name!r}: {reason} "
             "(give `demo`, a folder saved by transformers, or a hub name)",
             exit_code=1,
         ) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"cannot load the model {config.name!r}: its weights lack {missing[0]} ({len(missing)} are missing); "
+            "fetch or save it anew",
+            exit_code=1,
+        )
+    check_weights(base, config.name)
     _keep_4bit_weights_fixed(base)
     _set_padding(tokenizer)
     # With a fork the caller's random state is left as it was, and the draw does not depend on it.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(seed, "adapter"))
-        model = get_peft_model(base, peft_config, autocast_adapter_dtype=True)
+        try:
+            model = get_peft_model(base, peft_config, autocast_adapter_dtype=True)
+        except ValueError as error:  # it names layers that there are not
+            raise UserError(f"the adapter in {adapter} does not fit {config.name!r}: {error}; give another") from error
     # The name as the user gave it, not the folder it resolved to, so that a saved adapter works on another machine.
     peft_config.base_model_name_or_path = config.name
     peft_config.revision = config.revision
@@ -238,33 +249,13 @@ def _fetch_model(source: str, config: ModelConfig) -> Path:
     """
     folder = Path(source)
     if not folder.is_dir():
-        folder = download_folder(source, repo_type="model", patterns=_MODEL_FILES, revision=config.revision)
-
-    def unfit(problem: str) -> UserError:
-        return UserError(f"cannot load the model {config.name!r}: {problem}", exit_code=1)
-
-    if not (folder / "config.json").is_file():
-        raise unfit("it has no config.json; give a causal language model saved by transformers")
-    index = folder / "model.safetensors.index.json"
-    shards = {"model.safetensors"}
-    if index.is_file() and not (folder / "model.safetensors").is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise unfit(f"{index.name} is damaged ({error}); fetch or save it anew") from error
-    for name in sorted(shards):
-        if not (folder / name).is_file():
-            raise unfit(f"it has no {name}; only safetensors are loaded, as pickled weights (.bin) can run code")
-        try:
-            with safe_open(folder / name, framework="pt"):  # reads the header, which must agree with the file's size
-                pass
-        except (SafetensorError, OSError) as error:
-            place = (folder / name).resolve()
-            raise unfit(f"{name} is damaged or cut off ({error}); delete {place} and fetch or save it anew") from error
+        patterns = [*_MODEL_FILES, *(["*.py"] if config.trust_remote_code else [])]
+        folder = download_folder(source, repo_type="model", patterns=patterns, revision=config.revision)
+    check_model_files(folder, config.name)
     return folder
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer as its files declare it.
 
     For some architectures `AutoTokenizer` (seen in transformers 5.23) rebuilds the tokenizer in its own class even
@@ -273,7 +264,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     declared = get_tokenizer_config(folder).get("tokenizer_class")
     generic = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
     loader = PreTrainedTokenizerFast if generic else AutoTokenizer
-    return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 def _keep_4bit_weights_fixed(base: torch.nn.Module) -> None:
@@ -308,17 +299,14 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
     Raises:
         UserError: if the folder holds no adapter, or one for another base model or of another shape.
     """
-    saved, own = _read_adapter_config(folder), model.peft_config[ADAPTER]
+    saved, own = read_adapter_config(folder), model.peft_config[ADAPTER]
     _check_base(folder, saved, own.base_model_name_or_path)
     if (saved.r, saved.lora_alpha) != (own.r, own.lora_alpha):
         raise UserError(
             f"the adapter in {folder} has rank {saved.r} and alpha {saved.lora_alpha}, but this run uses rank {own.r} "
             f"and alpha {own.lora_alpha}; set model.lora_rank and model.lora_alpha to the former"
         )
-    try:
-        weights = load_file(folder / "adapter_model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {folder / 'adapter_model.safetensors'}: {error}; give a saved adapter") from error
+    weights = read_adapter_weights(folder)
     targets = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     for name in sorted(weights.keys() | targets.keys()):
         theirs = tuple(weights[name].shape) if name in weights else "nothing"
@@ -331,18 +319,6 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(weights[name])
-
-
-def _read_adapter_config(folder: Path) -> LoraConfig:
-    path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no adapter (no adapter_config.json); give a folder written by `train`")
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; give a folder written by `train`") from error
-    config.inference_mode = False
-    return config
 
 
 def _check_base(folder: Path, saved: LoraConfig, name: str | None) -> None:

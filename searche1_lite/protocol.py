@@ -22,10 +22,18 @@ if TYPE_CHECKING:
 STOP_TAGS = ("</search>", "</answer>")
 """A model turn ends as soon as one of these stands in what it wrote."""
 
+TAGS = tuple(f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/"))
+
 CHARACTERS_PER_TOKEN = 16
 """A question with more characters for each token of the prompt's budget is refused before it is tokenised."""
 
 _ANGLES = str.maketrans(dict.fromkeys("<＜﹤", "‹") | dict.fromkeys(">＞﹥", "›"))
+_PLACEHOLDER = re.compile(r"\{(rank|title|text)\}")
+_CHAT_MARKER = re.compile(r"<<?\|?/?\w+\|?>>?|\[/?[A-Z_]+\]")
+_MARKER_TOKENS = 64
+"""No chat marker has more tokens."""
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+"""How SentencePiece names the tokens that stand for single bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,30 +97,56 @@ def check_question(question: str, limits: ProtocolConfig) -> str:
     return question
 
 
+@lru_cache(maxsize=4)
+def _vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> tuple[frozenset[int], int]:
+    """The ids whose text has an angle bracket, and the characters of the longest token; `size` is the tokenizer's."""
+    names = tokenizer.get_vocab()
+    angles = set()
+    for name, index in names.items():
+        if (byte := _BYTE.fullmatch(name)) and byte[1] not in ("3C", "3E"):
+            continue
+        if "<" in name or ">" in name:
+            angles.add(index)
+    return frozenset(angles), max(map(len, names))
+
+
 class Protocol:
     """Prompts and environment text as token ids, for one tokenizer.
 
     Args:
         tokenizer: any fast tokenizer; its chat template, if it has one, renders the prompts.
         config: templates and token budgets.
+
+    Raises:
+        UserError: where the chat template does not show a message as it is, exactly once.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: ProtocolConfig) -> None:
         self.tokenizer = tokenizer
         self.config = config
         added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-        self._added = {content: index for content, index in added.items() if content.strip()}
+        # Some tokenizers add runs of blanks (Gemma's among them), which are what honest text is made of.
+        self._added = {content: index for content, index in added.items() if content.replace("▁", " ").strip()}
         self.control_ids = frozenset(self._added.values()) | frozenset(tokenizer.all_special_ids)
         """Ids that data may never become: every added token, flagged special or not."""
+        angles, self._longest = _vocabulary(tokenizer, len(tokenizer))
+        # The tokenizer's normaliser may make angle brackets after the escaping, of ≮ for one.
+        self._forbidden = self.control_ids | angles
         self._added_pattern = (
             re.compile("|".join(re.escape(content) for content in sorted(self._added, key=len, reverse=True)))
             if self._added
             else None
         )
+        frame = self._render_text("\x02question\x03")
+        markers = set(_CHAT_MARKER.findall(frame)) - self._added.keys() - set(TAGS)
+        self._text_markers = re.compile("|".join(map(re.escape, sorted(markers)))) if markers else None
+        """What the chat template writes around messages as ordinary text, such as Llama 2's `[/INST]`."""
+        frame_ids = set(self._encode(frame)) & self.control_ids
+        self._frame_ids = frame_ids - {index for content, index in self._added.items() if content in TAGS}
         opening, closing = config.information_template.split("{documents}")
         self._information_opening = self._encode(opening)
         self._information_closing = self._encode(closing)
-        # The samples of a question find the same passages again and again.
+        # The samples of a question find the same passages again and again; texts are cut before they are kept.
         self._encode_document = lru_cache(maxsize=4096)(self.encode_data)
 
     def _encode(self, text: str) -> list[int]:
@@ -122,9 +156,12 @@ class Protocol:
         """Token ids of untrusted text: escaped, and never a control id.
 
         An added token that survives the escaping (it has no angle bracket, such as `[INST]`) is encoded in two halves.
+        Where such a marker is ordinary text to the tokenizer, its brackets are replaced by look-alikes too.
         """
         # A lone surrogate, such as JSON's \ud800, is no text to a tokenizer.
         text = escape(text.encode("utf-8", "replace").decode("utf-8"))
+        if self._text_markers is not None:
+            text = self._text_markers.sub(lambda match: f"‹{match[0][1:-1]}›", text)
         cuts = [0]
         if self._added_pattern is not None:
             for match in self._added_pattern.finditer(text):
@@ -133,7 +170,22 @@ class Protocol:
         ids: list[int] = []
         for start, end in zip(cuts, cuts[1:], strict=False):
             ids += self._encode(text[start:end])
-        return [index for index in ids if index not in self.control_ids]
+        return [index for index in ids if index not in self._forbidden]
+
+    def _render_text(self, content: str) -> str:
+        """The chat template with one user message, up to where the policy begins to write.
+
+        Raises:
+            UserError: where the template does not show the message as it is, exactly once.
+        """
+        if self.tokenizer.chat_template is None:
+            return content
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        sentinels = re.findall("\x02\\w+\x03", content)
+        if re.findall("\x02\\w+\x03", text) != sentinels:
+            raise UserError("the tokenizer's chat template must show a message as it is, once; give another model", 1)
+        return text
 
     def _render(self, template: str, parts: dict[str, list[int] | str]) -> list[int]:
         """`template` in the chat template's user message, each `{name}` replaced by ids or by encoded data."""
@@ -141,13 +193,8 @@ class Protocol:
         content = template.replace("{max_searches}", str(self.config.max_searches))
         for name, sentinel in sentinels.items():
             content = content.replace("{" + name + "}", sentinel)
-        if self.tokenizer.chat_template is not None:
-            messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        else:
-            text = content
         ids: list[int] = []
-        for piece in re.split("(\x02\\w+\x03)", text):
+        for piece in re.split("(\x02\\w+\x03)", self._render_text(content)):
             value = parts.get(piece[1:-1]) if piece.startswith("\x02") else None
             if value is None:
                 ids += self._encode(piece)
@@ -161,12 +208,14 @@ class Protocol:
         Raises:
             UserError: if the question alone exceeds `max_prompt_tokens`.
         """
+        self._check_characters(question)
         ids = self._render(self.config.plain_template, {"question": question.strip()})
         self._check_length(len(ids), question)
         return ids
 
     def direct_prompt_ids(self, question: str) -> list[int]:
         """The question to be answered without a search, as token ids; see `prompt_ids` for the error."""
+        self._check_characters(question)
         ids = self._render(self.config.direct_template, {"question": question.strip()})
         self._check_length(len(ids), question)
         return ids
@@ -177,15 +226,21 @@ class Protocol:
         The passages are rendered as those of a search are: escaped, each cut to `max_document_tokens`. They come on top
         of `max_prompt_tokens`; see `prompt_ids` for the error.
         """
+        self._check_characters(question)
         documents = self.document_ids(passages)
         ids = self._render(self.config.rag_template, {"question": question.strip(), "documents": documents})
         self._check_length(len(ids) - len(documents), question)
         return ids
 
-    def _check_length(self, length: int, question: str) -> None:
+    def _check_characters(self, question: str) -> None:
+        """Refuses what cannot fit before it is tokenised, which takes seconds for a text of megabytes."""
+        if len(question.strip()) > self._longest * self.config.max_prompt_tokens:
+            self._check_length(-(-len(question.strip()) // self._longest), question, "at least ")
+
+    def _check_length(self, length: int, question: str, about: str = "") -> None:
         if length > self.config.max_prompt_tokens:
             raise UserError(
-                f"the prompt of question {question[:60]!r} has {length} tokens, more than "
+                f"the prompt of question {question[:60]!r} has {about}{length} tokens, more than "
                 f"protocol.max_prompt_tokens={self.config.max_prompt_tokens}; shorten the question or raise the limit"
             )
 
@@ -203,15 +258,30 @@ class Protocol:
                 prompt_ids(question.question)
 
     def reference_ids(self, reference: Trajectory, with_documents: bool = True) -> list[int]:
-        """A trajectory as it is shown to the teacher: its own ids, special tokens dropped, documents on request."""
+        """A trajectory as it is shown to the teacher: its own ids, special tokens dropped, documents on request.
+
+        What the chat template writes around messages is dropped too, whether flagged special or not: a reference that
+        wrote a marker can neither end the message it is shown in nor begin another one.
+        """
         # Some tokenizers list only their named ones; those that were added as special count too.
         added = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        special = added | set(self.tokenizer.all_special_ids)
-        return [
+        special = added | set(self.tokenizer.all_special_ids) | self._frame_ids
+        ids = [
             index
             for index, by_model in zip(reference.completion_ids, reference.loss_mask, strict=True)
             if index not in special and (with_documents or by_model)
         ]
+        return ids if self._text_markers is None else self._without_markers(ids, self._text_markers)
+
+    def _without_markers(self, ids: list[int], markers: re.Pattern[str]) -> list[int]:
+        """`ids` without those that would complete one of the markers."""
+        if not markers.search(self.tokenizer.decode(ids)):
+            return ids
+        kept: list[int] = []
+        for index in ids:
+            if not markers.search(self.tokenizer.decode([*kept[-_MARKER_TOKENS:], index])):
+                kept.append(index)
+        return kept
 
     def privileged_prompt_ids(self, question: str, reference: Trajectory, with_documents: bool = True) -> list[int]:
         """P_T(question, reference): the same question beside a more efficient trajectory, as token ids.
@@ -231,16 +301,17 @@ class Protocol:
         """The passages as data, each cut to `max_document_tokens`; what there is to say where there are none."""
         ids: list[int] = []
         for rank, passage in enumerate(passages, start=1):
-            text = (
-                self.config.document_template.replace("{rank}", str(rank))
-                .replace("{title}", passage.title)
-                .replace("{text}", passage.text)
-            )
-            ids += self._encode_document(text)[: self.config.max_document_tokens]
+            ids += self._encode_document(self._document_text(rank, passage))[: self.config.max_document_tokens]
         if not passages:
             failed = isinstance(passages, FailedSearch)
             ids += self._encode(self.config.search_failed_message if failed else self.config.no_result_message)
         return ids
+
+    def _document_text(self, rank: int, passage: Passage) -> str:
+        """The filled-in template; of title and text no more than could fit in the budget."""
+        most = self._longest * self.config.max_document_tokens
+        parts = {"rank": str(rank), "title": passage.title[:most], "text": passage.text[:most]}
+        return _PLACEHOLDER.sub(lambda match: parts[match[1]], self.config.document_template)
 
     def correction_ids(self) -> list[int]:
         """The environment's message after a turn that was neither a search nor an answer."""

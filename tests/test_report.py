@@ -417,7 +417,7 @@ def test_the_command_writes_the_report_and_prints_where(tmp_path: Path) -> None:
         ("begun --out no/such/place.html", "there is no folder "),
         ("begun --out empty", "empty is a folder; give --out a file, such as empty/report.html"),
         ("begun --runs", "begun is one run, not a sweep; leave --runs out"),
-        ("faulty", "cannot read faulty/sweep.json (JSONDecodeError"),
+        ("faulty", "cannot read faulty/sweep.json: Expecting"),
         ("other", "cannot read other/sweep.json (KeyError: 'variants'); run the sweep again"),
     ],
 )

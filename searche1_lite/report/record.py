@@ -1,6 +1,6 @@
 """What a run's folder holds besides trajectories, read as far as it goes: a run that goes on has written part of it."""
 
-import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,11 @@ from typing import Any
 
 from searche1_lite.config import Config, flatten, load_config
 from searche1_lite.errors import UserError
+from searche1_lite.jsonl import JsonFault, bounded_lines, parse_json, read_json
 from searche1_lite.schedule import next_stage
+
+_LARGEST = sys.float_info.max
+"""A whole number may be larger, and no float."""
 
 
 @dataclass
@@ -39,7 +43,7 @@ class RunRecord:
         """What is said of a run with stages to come; "" for one that is done, or whose settings are not known."""
         if self.config is None:
             return ""
-        kept = [s for s in self.summary.get("stages") or [] if isinstance(s, dict) and {"name", "seconds"} <= s.keys()]
+        kept = [stage for stage in stages_of(self.summary) if number(stage, "seconds") is not None]
         if kept and next_stage(self.config, kept) is None:
             return ""
         rounds, kinds = self.config.rounds, 2 if self.config.ofsd.enabled else 1
@@ -65,15 +69,15 @@ class Lines:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if not self.path.is_file():
             return
-        with self.path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-            for line in file:
+        with self.path.open("rb") as file:
+            for _, line in bounded_lines(file):
                 try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
+                    record = None if line is None else parse_json(line.decode("utf-8", "replace"))
+                except JsonFault:
                     record = None
                 if isinstance(record, dict):
                     yield record
-                elif line.strip() and line.endswith("\n"):
+                elif line is None or (line.strip() and line.endswith(b"\n")):
                     self.faulty += 1
 
     def note(self) -> list[str]:
@@ -86,10 +90,9 @@ class Lines:
 def read_summary(folder: Path) -> dict[str, Any]:
     """`summary.json`, or nothing where there is none or it is broken."""
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / "summary.json", "")
+    except UserError:
         return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def stages_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -134,7 +137,7 @@ def number(record: dict[str, Any], *keys: str) -> float | None:
 def finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if abs(value) < float("inf") else None
+    return float(value) if abs(value) < _LARGEST else None
 
 
 def interval(record: dict[str, Any], key: str) -> tuple[float, float] | None:

@@ -1,14 +1,14 @@
 """The report of a sweep: its variants side by side, the runs behind them, and what failed."""
 
-import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
 from matplotlib.axes import Axes
 
 from searche1_lite.errors import UserError
+from searche1_lite.jsonl import read_json
 from searche1_lite.report import FILE_NAME
 from searche1_lite.report.escaping import escape
 from searche1_lite.report.page import cards, header, notes, page, section, table
@@ -28,13 +28,21 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     """
     path = folder / "sweep.json"
     try:
-        sweep = json.loads(path.read_text(encoding="utf-8"))
+        sweep = read_json(path, "run the sweep again")
         sweep["variants"] = [variant | {"name": str(variant["name"])} for variant in sweep["variants"]]
         for variant in sweep["variants"]:
-            variant["runs"] = [run | {"folder": str(run["folder"])} for run in variant["runs"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            variant["runs"] = [run | {"folder": _inside(str(run["folder"]))} for run in variant["runs"]]
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path} ({type(error).__name__}: {error}); run the sweep again") from error
     return sweep
+
+
+def _inside(folder: str) -> str:
+    """A run's folder as `sweep.json` names it; ValueError if that is not below the sweep's own."""
+    path = PurePosixPath(folder)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in folder or "\\" in folder:
+        raise ValueError(f"{folder[:60]!r} is no folder of the sweep")
+    return folder
 
 
 def run_folders(folder: Path) -> list[Path]:

@@ -158,7 +158,7 @@ def _compact(record: dict[str, Any]) -> dict[str, Any] | None:
             "f1": finite(record.get("f1")) or 0.0,
             "tokens": sum(record.get("loss_mask") or []),
         }
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
 
 

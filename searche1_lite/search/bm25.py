@@ -118,7 +118,7 @@ def _parse_raw(raw: str, docid: str, score: float) -> Passage:
     """A stored document: with `contents` as ours are, with `title` and `text` as in BEIR, or no JSON at all."""
     try:
         record = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return Passage(docid, "", raw.strip(), score)
     if isinstance(record, dict) and isinstance(record.get("contents"), str):
         return parse_contents(docid, record["contents"], score)

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from searche1_lite.errors import UserError
+from searche1_lite.jsonl import MAX_LINE, JsonFault, bounded_lines, parse_json, read_json
 from searche1_lite.search.folder import SUFFIXES, folder_passages, text_files
 from searche1_lite.search.progress import SILENT, Progress, megabytes
 
-MAX_LINE = 16 * 2**20
-"""Bytes; a longer line is a fault, and is never held whole."""
 _MAX_ID = 1000
 _NAMED = 5
 _BLANK = "".join(map(chr, range(33)))
@@ -170,12 +169,9 @@ def _read_lines(
     with open_corpus(corpus, on_bytes) as file:
         number = 0
         try:
-            while line := file.readline(MAX_LINE + 1):
-                number += 1
+            for number, line in bounded_lines(file):
                 try:
-                    if len(line) > MAX_LINE and not line.endswith(b"\n"):
-                        while (rest := file.readline(2**20)) and not rest.endswith(b"\n"):
-                            pass
+                    if line is None:
                         raise _Fault(f"longer than {MAX_LINE // 2**20} MB")
                     if number == 1:
                         line = line.removeprefix(b"\xef\xbb\xbf")
@@ -191,15 +187,10 @@ def _read_lines(
 
 def _parse(line: bytes) -> tuple[str, str]:
     try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _Fault(f"not UTF-8 ({error.reason} at byte {error.start + 1})") from error
-    except RecursionError as error:
-        raise _Fault("not a JSON line (nested too deeply)") from error
-    except json.JSONDecodeError as error:
-        raise _Fault(f"not a JSON line ({error.msg} at character {error.pos + 1})") from error
-    except ValueError as error:  # a number with thousands of digits
-        raise _Fault(f"not a JSON line ({str(error)[:60]})") from error
+        record = parse_json(line)
+    except JsonFault as fault:
+        reason = str(fault)
+        raise _Fault(reason if reason.startswith("not UTF-8") else f"not a JSON line ({reason})") from fault
     if not isinstance(record, dict):
         raise _Fault("not a JSON object")
     passage_id, contents = record.get("id"), record.get("contents")
@@ -269,10 +260,10 @@ def _key(corpus: Path, words: int) -> str:
 
 def _recall(note: Path, stamp: str) -> CheckedCorpus | None:
     try:
-        kept = json.loads(note.read_text(encoding="utf-8"))
+        kept = read_json(note, "delete it")
         if kept.pop("stamp") == stamp:
             return CheckedCorpus(**{**kept, "named": tuple(kept["named"])})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         pass
     return None
 

@@ -140,7 +140,7 @@ def unpack(archive: Path, out: Path, progress: Progress = SILENT) -> None:
             counted = io.BufferedReader(_Counted(file, advance), _BLOCK)
             with tarfile.open(fileobj=counted, mode="r|gz") as tar:
                 tar.extractall(staging, filter="data")
-        folders = [path for path in staging.iterdir() if path.is_dir()]
+        folders = [path for path in staging.iterdir() if path.is_dir() and not path.is_symlink()]
         if len(folders) != 1:
             raise UserError(f"{archive} holds {len(folders)} folders where an index is one; delete it", exit_code=1)
         folders[0].rename(out)

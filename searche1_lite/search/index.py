@@ -12,6 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from searche1_lite.errors import UserError
+from searche1_lite.jsonl import read_json
 from searche1_lite.search.corpus import CheckedCorpus, check_corpus, corpus_size, read_passages
 from searche1_lite.search.jvm import start_jvm
 from searche1_lite.search.progress import SILENT, Progress, megabytes, say_on_stderr
@@ -119,8 +120,8 @@ def _resume(staging: Path, checked: CheckedCorpus, say: Callable[[str], None]) -
     index, state = staging / "index", staging / "state.json"
     ours = {"format": INDEX_FORMAT, "sha256": checked.sha256, "passages": checked.passages}
     try:
-        found = json.loads(state.read_text())
-    except (OSError, ValueError):
+        found = read_json(state, "delete it")
+    except UserError:
         found = None
     start_jvm()
     done = _committed(index) if found == ours else 0

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import json
 import os
 import shutil
 import zlib
@@ -13,6 +12,7 @@ from typing import Any
 from filelock import FileLock
 
 from searche1_lite.errors import UserError
+from searche1_lite.jsonl import MAX_LINE, JsonFault, bounded_lines, parse_json
 from searche1_lite.search.corpus import is_gzip, open_corpus
 from searche1_lite.search.download import full_disk_explained
 from searche1_lite.search.progress import SILENT, Progress, megabytes
@@ -40,7 +40,10 @@ class JsonlStore:
             table = cache / f"{name}.offsets.npy"
             if not table.is_file():
                 _write_table(self._path, table, progress)
-        self._hashes, self._offsets = numpy.load(table, mmap_mode="r")
+        try:
+            self._hashes, self._offsets = numpy.load(table, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{table} is damaged ({error}); delete it, and it is made again", exit_code=1) from error
         self._file = self._path.open("rb")
 
     def contents(self, passage_id: str) -> str:
@@ -54,8 +57,8 @@ class JsonlStore:
         wanted = numpy.int64(_hash(passage_id))
         position = int(numpy.searchsorted(self._hashes, wanted))
         while position < len(self._hashes) and self._hashes[position] == wanted:
-            record = json.loads(self._line(int(self._offsets[position])))
-            if str(record["id"]) == passage_id:
+            record = _record(self._line(int(self._offsets[position])))
+            if record is not None and str(record["id"]) == passage_id:
                 return str(record["contents"])
             position += 1
         raise UserError(f"{self._path} has no passage {passage_id!r}; set search.corpus to the file of this index", 1)
@@ -63,7 +66,7 @@ class JsonlStore:
     def _line(self, offset: int) -> bytes:
         """The line that begins at `offset`; `pread`, so that threads do not share a position."""
         line = b""
-        while b"\n" not in line:
+        while b"\n" not in line and len(line) <= MAX_LINE:
             part = os.pread(self._file.fileno(), 8192, offset + len(line))
             if not part:
                 break
@@ -74,7 +77,7 @@ class JsonlStore:
 def _name(corpus: Path) -> str:
     status = corpus.stat()
     text = f"{corpus.resolve()} {status.st_size} {status.st_mtime_ns}"
-    return f"{corpus.name.split('.')[0]}-{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:16]}"
+    return f"{corpus.name.split('.')[0][:60]}-{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:16]}"
 
 
 def _hash(passage_id: str) -> int:
@@ -110,12 +113,13 @@ def _write_table(corpus: Path, table: Path, progress: Progress) -> None:
 
     hashes, offsets, begin = array("q"), array("q"), 0
     with megabytes(progress, f"look up {corpus.name}", corpus.stat().st_size) as advance, corpus.open("rb") as file:
-        for line in file:
-            if (passage_id := _id_of(line)) is not None:
-                hashes.append(_hash(passage_id))
+        for _, line in bounded_lines(file):
+            if line is not None and (record := _record(line)) is not None:
+                hashes.append(_hash(str(record["id"])))
                 offsets.append(begin)
-            begin += len(line)
-            advance(len(line))
+            end = file.tell()
+            advance(end - begin)
+            begin = end
     if not hashes:
         raise UserError(f"{corpus} holds no passage; search.corpus must be a JSONL file with `id` and `contents`")
     order = numpy.argsort(numpy.frombuffer(hashes, dtype=numpy.int64), kind="stable")
@@ -129,11 +133,11 @@ def _write_table(corpus: Path, table: Path, progress: Progress) -> None:
         part.unlink(missing_ok=True)
 
 
-def _id_of(line: bytes) -> str | None:
+def _record(line: bytes) -> dict[str, Any] | None:
     try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError):
+        record: Any = parse_json(line)
+    except JsonFault:
         return None
     if not isinstance(record, dict) or "id" not in record or not isinstance(record.get("contents"), str):
         return None
-    return str(record["id"])
+    return record

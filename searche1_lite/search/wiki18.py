@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from searche1_lite.errors import UserError
+from searche1_lite.jsonl import read_json
 from searche1_lite.search.bm25 import is_lucene_index
 from searche1_lite.search.prebuilt import agree, need_room
 
@@ -28,8 +29,10 @@ def fetch_wiki18(corpus: Path | None, cache: Path, confirm: Callable[[str], bool
     """
     note = cache / f"{NAME}.json"
     try:
-        known = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = read_json(note, "delete it")
+    except UserError:
+        known = {}
+    if not all(isinstance(known.get(key), str) for key in ("index", "corpus")):
         known = {}
     index = Path(known["index"]) if known and is_lucene_index(Path(known["index"])) else None
     if corpus is None and known and Path(known["corpus"]).is_file():

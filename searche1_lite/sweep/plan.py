@@ -26,7 +26,9 @@ from searche1_lite.config import Config, load_config, read_yaml
 from searche1_lite.errors import UserError
 
 _KEYS = ("preset", "config", "settings", "seeds", "baseline", "variants", "grid")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,99}")
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.,=+-]{0,98}[A-Za-z0-9_,=+-])?")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""What is no folder's name on Windows, which also drops a dot at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ def load_plan(file: Path, overrides: Sequence[str] = (), seeds: Sequence[int] = 
             raise UserError(f"{file}, variant {name}: {error}") from error
         runs.append(PlannedRun(name, seed, settled, Path("runs") / name / f"seed-{seed}"))
     _check_different(file, runs)
-    return Plan(file.stem, titles, baseline, chosen, runs)
+    return Plan(file.stem.strip(".") or "sweep", titles, baseline, chosen, runs)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -135,7 +137,7 @@ def _variants(file: Path, data: dict[str, Any]) -> tuple[dict[str, dict[str, Any
         raise UserError(f"{file}: variants must hold `name: {{key: value}}` lines")
     titles = {}
     for name, changes in variants.items():
-        if not _NAME.fullmatch(str(name)):
+        if not _NAME.fullmatch(str(name)) or _RESERVED.fullmatch(str(name)):
             raise UserError(f"{file}: variant {name!r} becomes a folder; use letters, digits and _ . , = + - only")
         if not isinstance(changes or {}, dict):
             raise UserError(f"{file}: variant {name} must hold `key: value` lines, or {{}} for no change")

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.errors import UserError
+from searche1_lite.jsonl import read_json
 from searche1_lite.schedule import next_stage
 from searche1_lite.sealed_folder import write_atomically
 from searche1_lite.sweep.compare import Outcome, compare
@@ -181,6 +182,25 @@ def _error_file(run_folder: Path) -> Path:
     return run_folder.with_name(f"{run_folder.name}.error.txt")
 
 
+def _stages(summary: Path) -> list[dict[str, Any]]:
+    """A run's stages, with what a sweep reads of them.
+
+    Raises:
+        UserError: if the file cannot be read, or is not what a run writes.
+    """
+    remedy = "delete the run's folder, and --resume does it again"
+    stages = read_json(summary, remedy, 1).get("stages")
+    figures = ("em", "searches_per_question", "seconds")
+    if not isinstance(stages, list) or not all(
+        isinstance(stage, dict)
+        and isinstance(stage.get("name"), str)
+        and all(isinstance(stage.get(figure), int | float) for figure in figures)
+        for stage in stages
+    ):
+        raise UserError(f"{summary} is not what a run writes; {remedy}", exit_code=1)
+    return stages
+
+
 class _Sweep:
     """How far the runs are."""
 
@@ -228,11 +248,11 @@ class _Sweep:
     def _finished(self, planned: PlannedRun) -> list[str]:
         """The stages that a run has trained and evaluated, in their order."""
         path = self._folder / planned.folder / "summary.json"
-        return [stage["name"] for stage in json.loads(path.read_text())["stages"]] if path.is_file() else []
+        return [stage["name"] for stage in _stages(path)] if path.is_file() else []
 
     def _is_done(self, planned: PlannedRun) -> bool:
         path = self._folder / planned.folder / "summary.json"
-        stages = json.loads(path.read_text())["stages"] if path.is_file() else []
+        stages = _stages(path) if path.is_file() else []
         return bool(stages) and next_stage(planned.config, stages) is None
 
     def begin(self, planned: PlannedRun) -> None:
@@ -274,7 +294,7 @@ class _Sweep:
         path = self._folder / planned.folder
         if state != "done":
             return outcome
-        stages = json.loads((path / "summary.json").read_text())["stages"]
+        stages = _stages(path / "summary.json")
         outcome.em, outcome.searches = stages[-1]["em"], stages[-1]["searches_per_question"]
         outcome.seconds = round(sum(stage["seconds"] for stage in stages), 1)
         outcome.updates = sum(stage.get("steps", 0) for stage in stages)
