@@ -130,7 +130,7 @@ def evaluate_policy(
     _prepare_process()
     retriever = retriever_for(chosen) or retriever or _open(config, yes, progress, say)
     from searche1_lite.evaluation import run_evaluation
-    from searche1_lite.evolve import Run
+    from searche1_lite.loaded_run import Run
 
     work = Run(method_settings(config, chosen), progress, adapter, retriever)
     result = run_evaluation(work, questions, chosen, folder) | {
@@ -180,7 +180,7 @@ def open_asker(
     with ThreadPoolExecutor(1, "open-search") as side:
         opened = side.submit(open_search) if at_hand == "ok" else open_search()
         from searche1_lite.ask import Asker
-        from searche1_lite.evolve import Run
+        from searche1_lite.loaded_run import Run
 
         return Asker(Run(config, progress, adapter, opened), adapter)
 

@@ -134,7 +134,7 @@ def eval_command(
         quieten()
         from searche1_lite.console import RichTasks
         from searche1_lite.evaluation import run_evaluation
-        from searche1_lite.evolve import Run
+        from searche1_lite.loaded_run import Run
 
         try:
             work = Run(method_settings(settings, chosen), RichTasks(), adapter, retriever_for(chosen))
@@ -282,7 +282,7 @@ def _open_asker(settings: "Config", adapter: Path | None, yes: bool) -> "Asker":
         retriever = side.submit(open_search) if at_hand == "ok" else open_search()
         quieten()
         from searche1_lite.ask import Asker
-        from searche1_lite.evolve import Run
+        from searche1_lite.loaded_run import Run
 
         return Asker(Run(settings, RichTasks(quiet=True), adapter, retriever), adapter)
 

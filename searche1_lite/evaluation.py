@@ -10,7 +10,7 @@ from searche1_lite.benchmarks import data_set_of
 from searche1_lite.errors import UserError
 from searche1_lite.evaluate import Outcome, outcome, summarize
 from searche1_lite.evaluation_folder import EvaluationFolder
-from searche1_lite.evolve import Run
+from searche1_lite.loaded_run import Run
 from searche1_lite.methods import Method, ask_by, check_questions
 from searche1_lite.trajectory import Question, Trajectory
 

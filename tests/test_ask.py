@@ -20,7 +20,7 @@ from searche1_lite.benchmarks import load_questions
 from searche1_lite.config import ModelConfig, load_config
 from searche1_lite.console import RichTasks
 from searche1_lite.errors import UserError
-from searche1_lite.evolve import Run
+from searche1_lite.loaded_run import Run
 from searche1_lite.model import adapter_digest, load_policy, save_adapter
 from searche1_lite.pipe import LONGEST_LINE, QuestionLines
 from searche1_lite.protocol import Protocol

@@ -12,8 +12,9 @@ from searche1_lite.benchmarks import load_questions
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.collapse import CollapseWatch, best_stage, repetition, signs, step_figures, window_means
 from searche1_lite.config import CollapseConfig, Config, load_config
-from searche1_lite.evolve import Run, run
+from searche1_lite.evolve import run
 from searche1_lite.grpo import train_grpo
+from searche1_lite.loaded_run import Run
 from searche1_lite.search.base import Passage
 from searche1_lite.search.progress import SILENT
 from searche1_lite.trajectory import Question, Search, Trajectory, Turn

@@ -25,9 +25,10 @@ from searche1_lite.demo.habits import choose_by_habit, choose_well, play, write_
 from searche1_lite.demo.tokenizer import build_tokenizer
 from searche1_lite.demo.world import DEMO_WORLD_SEED, World
 from searche1_lite.evaluate import evaluate
-from searche1_lite.evolve import Run, open_retriever
+from searche1_lite.loaded_run import Run
 from searche1_lite.model import load_policy
 from searche1_lite.protocol import Protocol, parse_turn
+from searche1_lite.search.catalog import open_retriever
 from searche1_lite.seeding import derive_seed
 
 

@@ -20,7 +20,7 @@ from searche1_lite.errors import UserError
 from searche1_lite.evaluate import evaluate
 from searche1_lite.evaluation import BATCHES_AT_ONCE, run_evaluation
 from searche1_lite.evaluation_folder import EvaluationFolder, describe
-from searche1_lite.evolve import Run
+from searche1_lite.loaded_run import Run
 from searche1_lite.search.progress import SILENT
 from searche1_lite.trajectory import Question, Trajectory
 

@@ -26,8 +26,9 @@ from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, load_config
 from searche1_lite.console import RichTasks
 from searche1_lite.errors import UserError
-from searche1_lite.evolve import Run, run
+from searche1_lite.evolve import run
 from searche1_lite.export import export_policy, find_source, summary_without_folders, without_folders
+from searche1_lite.loaded_run import Run
 from searche1_lite.merge import merge, save_merged
 from searche1_lite.model import load_policy, resolve_model, save_adapter
 from searche1_lite.search.progress import SILENT

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from searche1_lite import evolve
+from searche1_lite import loaded_run
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, load_config
 from searche1_lite.console import RichTasks
+from searche1_lite.evolve import run
 from searche1_lite.interrupt import Interrupted, Stop
 
 SETTINGS = [
@@ -74,13 +75,13 @@ def play(path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, stop_at: i
                 signal.raise_signal(signal.SIGTERM)
             super().check()
 
-    monkeypatch.setattr(evolve, "Stop", Counting)
+    monkeypatch.setattr(loaded_run, "Stop", Counting)
     folder = KeepsAll(path, config, resume=True)
     if stop_at is None:
-        evolve.run(config, folder, tasks)
+        run(config, folder, tasks)
     else:
         with pytest.raises(Interrupted) as caught:
-            evolve.run(config, folder, tasks)
+            run(config, folder, tasks)
         assert caught.value.exit_code == 143 and len(points) == stop_at
     return points
 

@@ -21,7 +21,8 @@ from searche1_lite.config import Config, load_config
 from searche1_lite.console import RichTasks
 from searche1_lite.diagnostics import watch
 from searche1_lite.evaluate import evaluate
-from searche1_lite.evolve import Run, run
+from searche1_lite.evolve import run
+from searche1_lite.loaded_run import Run
 from searche1_lite.ofsd import train_ofsd
 from searche1_lite.pairs import Pair
 from searche1_lite.reward import exact_match

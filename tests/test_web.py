@@ -24,7 +24,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from searche1_lite.ask import Asker
 from searche1_lite.config import ModelConfig, load_config
 from searche1_lite.console import RichTasks
-from searche1_lite.evolve import Run
+from searche1_lite.loaded_run import Run
 from searche1_lite.model import load_policy, save_adapter
 from searche1_lite.report.escaping import visible
 from searche1_lite.search.base import Passage

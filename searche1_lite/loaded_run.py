@@ -1,0 +1,180 @@
+"""What a run, an evaluation or a session works with: model, search engine, protocol, loaded once."""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from searche1_lite.checkpoint import RunFolder
+from searche1_lite.config import Config, what_counts
+from searche1_lite.engine import uses_shadow
+from searche1_lite.interrupt import Stop
+from searche1_lite.model import adapter_digest, load_policy, shadow_bytes
+from searche1_lite.protocol import Protocol
+from searche1_lite.reward import Reward
+from searche1_lite.rollout import rollout
+from searche1_lite.samples import sample_table
+from searche1_lite.schedule import Stage
+from searche1_lite.search.base import Retriever
+from searche1_lite.search.catalog import open_retriever
+from searche1_lite.search.progress import Progress, say_on_stderr
+from searche1_lite.shrinking import Limit
+from searche1_lite.training_state import Resumed, StageKeeper
+from searche1_lite.trajectory import Question, Trajectory
+
+EPISODES_AT_ONCE = 16
+"""Times `engine.batch_size` episodes are played, then kept: the most that an interruption can cost. Each time ends with
+fewer and fewer of them side by side, so it should not be few."""
+
+
+class Run:
+    """The things a run works with, loaded once.
+
+    Args:
+        retriever: the search engine, if it is open already; or one that is being opened while the model is loaded.
+        reward: what GRPO rewards in the place of exact match.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress,
+        adapter: Path | None = None,
+        retriever: "Retriever | Future[Retriever] | None" = None,
+        reward: Reward | None = None,
+    ) -> None:
+        self.config, self.progress, self.reward, self.stop = config, progress, reward, Stop()
+        retriever = retriever or open_retriever(config.search, progress=progress)
+        self.model: PeftModel
+        self.tokenizer: PreTrainedTokenizerBase
+        self.model, self.tokenizer = load_policy(config.model, adapter=adapter, seed=config.seed)
+        self.retriever = retriever.result() if isinstance(retriever, Future) else retriever
+        self.protocol = Protocol(self.tokenizer, config.protocol)
+        self.engine, self.slots = config.engine, Limit("engine.batch_size", config.engine.batch_size)
+        if config.engine.shadow == "auto" and not _has_room_for_shadow(config, self.model):
+            self.engine = replace(config.engine, shadow="never")
+
+    def rollout(
+        self, questions: Sequence[Question], n: int, seed_parts: Sequence[int | str], **how: Any
+    ) -> list[Trajectory]:
+        """`rollout` with this run's settings."""
+        return rollout(
+            self.model,
+            self.tokenizer,
+            self.retriever,
+            self.protocol,
+            questions,
+            n,
+            engine=self.engine,
+            k=self.config.search.k,
+            seed_parts=seed_parts,
+            check=self.stop.check,
+            slots=self.slots,
+            **how,
+        )
+
+    def answer(
+        self,
+        name: str,
+        questions: Sequence[Question],
+        n: int,
+        seed_parts: Sequence[int | str],
+        greedy: bool,
+        prompts: Sequence[list[int]] | None = None,
+    ) -> list[Trajectory]:
+        """`rollout`, shown as the task `name`."""
+        with self.progress.task(name, len(questions) * n) as advance:
+            return self.rollout(questions, n, seed_parts, greedy=greedy, prompts=prompts, on_progress=advance)
+
+    def answer_once(
+        self,
+        folder: RunFolder,
+        file: str,
+        name: str,
+        questions: Sequence[Question],
+        n: int,
+        seed_parts: Sequence[int | str],
+        greedy: bool,
+    ) -> tuple[list[Trajectory], float]:
+        """`answer`, kept in `trajectories/FILE.jsonl`, and the seconds that it took.
+
+        Taken from there, as far as the same answers were given before: by this run, had it been interrupted, or by
+        another one of its sweep. They are the same if the policy computes the same and was asked the same in the same
+        way.
+        """
+        config = self.config
+        asked = {
+            "policy": (config.model.name, config.model.revision, config.model.quantization, adapter_digest(self.model)),
+            "environment": {k: v for k, v in what_counts(config).items() if k.startswith(("search.", "protocol."))},
+            "arithmetic": (config.engine.batch_size, config.engine.shadow),
+            "decoding": "greedy" if greedy else (config.engine.temperature, *seed_parts),
+            "questions": [(question.id, question.question, question.golden_answers) for question in questions],
+            "n": n,
+        }
+        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        if (kept := folder.kept_answers(file, key)) is not None:
+            return [Trajectory.from_dict(record) for record in kept[0]], kept[1]
+        records, seconds = folder.begun_answers(file, key)
+        trajectories = [Trajectory.from_dict(record) for record in records]
+        at_once = max(1, EPISODES_AT_ONCE * config.engine.batch_size // n)
+        with self.progress.task(name, len(questions) * n) as advance:
+            advance(len(trajectories))
+            # Cut where a run that was never interrupted cuts.
+            for start in range(len(trajectories) // n, len(questions), at_once):
+                began = time.monotonic()
+                asked_now = questions[start : start + at_once]
+                fresh = self.rollout(asked_now, n, seed_parts, greedy=greedy, on_progress=advance)
+                seconds = round(seconds + time.monotonic() - began, 3)
+                trajectories += fresh
+                if start + at_once < len(questions):
+                    folder.add_answers(file, key, [t.to_dict() for t in fresh], seconds)
+        folder.keep_answers(file, key, [t.to_dict() for t in trajectories], seconds)
+        return trajectories, seconds
+
+    def keeper(
+        self,
+        folder: RunFolder,
+        stage: Stage,
+        summary: dict[str, Any],
+        resumed: "Resumed | None",
+        grown: Sequence[str] = (),
+    ) -> StageKeeper:
+        """What keeps this stage's training; the policy is as the stage begins."""
+        every = self.config.checkpoint.every_steps
+        keeper = StageKeeper(folder, stage.name, self.model, every=every, state=summary, grown=grown, resumed=resumed)
+        keeper.hold(slots=self.slots)
+        return keeper
+
+    def show_samples(self, title: str, trajectories: Sequence[Trajectory]) -> None:
+        """A table of some of these, unless the run is watched without."""
+        if self.config.logging.samples:
+            self.progress.show(sample_table(title, trajectories, self.config.logging.samples))
+
+
+def _has_room_for_shadow(config: Config, model: PeftModel) -> bool:
+    """Asked once a run: on a GPU of the memory plan, else of what is free. The user is told."""
+    if not uses_shadow(config.engine, model.device.type, config.engine.batch_size):
+        return True
+    size = shadow_bytes(model)
+    if model.device.type == "cuda":
+        from searche1_lite.doctor import gpu_capacity
+        from searche1_lite.memory import plan_memory
+
+        dtype = model.get_input_embeddings().weight.dtype
+        plan = plan_memory(config, model.get_base_model().config, "cuda", dtype, gpu_capacity())
+        room = "shadow weights" in plan.stages["rollout"]
+    else:
+        room = size <= psutil.virtual_memory().available // 2
+        if room:
+            return True
+    kind = "plain weights" if room else "the 4-bit weights: there is no room for plain ones"
+    say_on_stderr(f"rollouts compute with {kind} ({size / 2**30:.1f} GiB)")
+    return room
