@@ -63,10 +63,13 @@ def train(
     questions = load_run_questions(config, say)  # faulty files are refused before a folder is made
     folder = RunFolder(Path(out), config, resume)
     folder.claim()
-    retriever = retriever or _open(config, yes, progress, say)
-    from searche1_lite.evolve import run
+    try:
+        retriever = retriever or _open(config, yes, progress, say)
+        from searche1_lite.evolve import run
 
-    return run(config, folder, progress, questions, retriever=retriever, reward=reward)
+        return run(config, folder, progress, questions, retriever=retriever, reward=reward)
+    finally:
+        folder.release()  # a notebook holds on to an error, and so to all that was there when it was raised
 
 
 def evaluate_policy(

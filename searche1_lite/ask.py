@@ -152,13 +152,21 @@ class Asker:
         self._ends = end_ids(work.model, work.tokenizer)
         self._busy = threading.RLock()
 
-    def answer(self, question: str, on_event: Callable[[Event], None] | None = None, *, bare: bool = False) -> Answer:
+    def answer(
+        self,
+        question: str,
+        on_event: Callable[[Event], None] | None = None,
+        *,
+        bare: bool = False,
+        check: Callable[[], None] | None = None,
+    ) -> Answer:
         """Answers one question.
 
         Args:
             on_event: told what happens as it happens. What it raises stops the answer and is passed on; the next
                 question finds everything as it was.
             bare: without the adapter.
+            check: called between tokens and while a search is waited for; what it raises stops the answer too.
 
         Raises:
             UserError: for an empty question or one that exceeds the prompt budget.
@@ -178,7 +186,8 @@ class Asker:
 
             began = time.monotonic()
             episode = partial(_WatchedEpisode, tell, self._ends)
-            (trajectory,) = self._roll([question], [prompt], bare, episode=episode, on_token=_WatchedEpisode.wrote)
+            watched = {"episode": episode, "on_token": _WatchedEpisode.wrote, "check": check}
+            (trajectory,) = self._roll([question], [prompt], bare, **watched)
             return _answer(question, trajectory, time.monotonic() - began, events)
 
     def answers(self, questions: Sequence[str], *, bare: bool = False) -> list[Answer]:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from searche1_lite.config import Config, dump_config, load_config, what_counts
 from searche1_lite.errors import UserError
+from searche1_lite.schedule import best_stage
 from searche1_lite.sealed_folder import (
     SEAL,
     DamagedError,
@@ -191,8 +192,10 @@ class RunFolder:
 
         Does nothing in a run that has a checkpoint of its own.
         """
-        if not stages or self.latest() is not None:
+        there = [name for name in stages if (donor / "checkpoints" / name).is_dir()]  # not all, with `keep_stages`
+        if not there or self.latest() is not None:
             return
+        stages = stages[: stages.index(there[-1]) + 1]
         try:
             state = read_sealed(donor / "checkpoints" / stages[-1])
         except DamagedError as error:
@@ -203,13 +206,17 @@ class RunFolder:
         for file in (donor / "trajectories").iterdir():
             if file.name.startswith(tuple(f"{name}." for name in stages)):
                 _copy(file, self.path / "trajectories" / file.name)
-        for name in reversed(stages):  # the furthest first: whatever is there then is complete
+        for name in there:  # in their order: killed in between, it goes on from what it has, and lacks none before that
             final = self.path / "checkpoints" / name
             staging = final.with_name(f".{name}.staging")
-            if not (donor / "checkpoints" / name).is_dir():
-                continue  # an earlier one, which nothing needs
             shutil.rmtree(staging, ignore_errors=True)
-            shutil.copytree(donor / "checkpoints" / name, staging)
+            try:
+                shutil.copytree(donor / "checkpoints" / name, staging)
+            except OSError:
+                if (donor / "checkpoints" / name).is_dir():
+                    raise
+                shutil.rmtree(staging, ignore_errors=True)
+                continue  # the donor, which goes on with its own stages, has just removed it
             for file in [*staging.iterdir(), staging]:
                 sync(file)
             staging.rename(final)
@@ -251,9 +258,10 @@ class RunFolder:
     def update_checkpoint(self, name: str, state: dict[str, Any]) -> None:
         """Replaces the state of a stage's checkpoint; of the stages before, those not to be kept any more go."""
         update_sealed(self.path / "checkpoints" / name, state)
+        self.drop_within(name)  # a kill may have come between the stage's own and this
         keep, stages = self._config.checkpoint.keep_stages, state["stages"]
         if keep:
-            kept = {stage["name"] for stage in stages[-keep:]} | {max(stages, key=lambda stage: stage["em"])["name"]}
+            kept = {stage["name"] for stage in stages[-keep:]} | {best_stage(stages)}
             for stage in stages:
                 path = self.path / "checkpoints" / stage["name"]
                 if stage["name"] not in kept and path.is_dir():

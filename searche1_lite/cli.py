@@ -145,10 +145,10 @@ def eval_command(
                 "adapter": str(adapter) if adapter else None,
                 "data": name,
             }
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             kept = "what is answered is kept; go on with the same command and --resume"
             _say(f"interrupted; {kept if out else 'nothing is kept without --out DIR'}")
-            raise typer.Exit(130) from None
+            raise typer.Exit(getattr(error, "exit_code", 130)) from None
         if folder:
             folder.finish(result)
     if as_json:
@@ -504,9 +504,9 @@ def sweep(
     check_room(plan, jobs)
     try:
         result = run_sweep(plan, folder, jobs, _say, resume)
-    except KeyboardInterrupt:
-        _say(f"interrupted; finished runs and stages are kept, go on with --resume --out {folder}")
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        _say(f"interrupted; what was done is kept, go on with --resume --out {folder}")
+        raise typer.Exit(getattr(error, "exit_code", 130)) from None
     if as_json:
         typer.echo(json.dumps(result))
     else:

@@ -128,11 +128,6 @@ def signs(
     return found
 
 
-def best_stage(stages: Sequence[Mapping[str, Any]]) -> str:
-    """The name of the evaluated stage with the highest exact match; of several, the last."""
-    return max(enumerate(stages), key=lambda item: (item[1]["em"], item[0]))[1]["name"]
-
-
 class CollapseWatch(TrainerCallback):
     """Looks at each step's record, tells the user once of each sign of a collapse, and ends the stage if so configured.
 

@@ -33,8 +33,21 @@ def run_evaluation(
 
     Raises:
         UserError: for a question that exceeds the prompt budget, before the first is answered; as `folder.start` does.
+        Interrupted: by Ctrl-C or SIGTERM; what `folder` was given is kept.
     """
     check_questions(method, questions, work.protocol)
+    try:
+        with work.stop.listening():
+            return summarize(_outcomes(work, questions, method, folder), work.config.seed)
+    finally:
+        if folder:
+            folder.release()
+
+
+def _outcomes(
+    work: Run, questions: Sequence[Question], method: Method, folder: EvaluationFolder | None
+) -> list[Outcome]:
+    """Of all questions, those that were answered before among them."""
     try:
         outcomes = [Outcome(**record) for record in folder.start()] if folder else []
     except TypeError as error:
@@ -57,7 +70,7 @@ def run_evaluation(
                 if folder:
                     folder.add([asdict(item) for item in fresh], [t.to_dict() for t in trajectories])
                 outcomes += fresh
-    return summarize(outcomes, work.config.seed)
+    return outcomes
 
 
 def _answer(

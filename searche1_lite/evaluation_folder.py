@@ -4,6 +4,7 @@
     trajectories.jsonl   a line an episode: all that was written, asked and found
     questions.jsonl      a line a question, once it is answered
     result.json          the figures, once all are
+    .lock                held by the process that is at it
 
 Both files grow together, in the order of the questions, trajectories first. So the lines of `questions.jsonl` are the
 work that is done, and whatever else an interruption left behind is cut off.
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from searche1_lite.config import Config, dump_config, parse_config, read_yaml, what_counts
 from searche1_lite.errors import UserError
 from searche1_lite.jsonl import JsonFault, bounded_lines, parse_json, read_json
 from searche1_lite.sealed_folder import write_atomically
 from searche1_lite.trajectory import Question
+
+_LOCK = ".lock"
 
 
 class EvaluationFolder:
@@ -43,6 +47,7 @@ class EvaluationFolder:
         self, path: Path, config: Config, asked: dict[str, Any], questions: Sequence[Question], resume: bool
     ) -> None:
         self.path = path
+        self._lock = FileLock(path / _LOCK, blocking=False)
         self._config, self._asked, self._ids = config, asked, [question.id for question in questions]
         if (path / "config.yaml").is_file():
             settings, there = _read(path)
@@ -51,7 +56,7 @@ class EvaluationFolder:
                     f"{path} is not empty; add --resume to go on with what is there, or choose another --out"
                 )
             _check_same(path, _what_counts(settings) | there, _what_counts(config) | asked)
-        elif path.is_dir() and any(path.iterdir()):
+        elif path.is_dir() and any(item.name != _LOCK for item in path.iterdir()):
             raise UserError(f"{path} is not empty and holds no evaluation; choose another --out")
         elif not (nearest := next(place for place in (path, *path.absolute().parents) if place.exists())).is_dir():
             raise UserError(f"cannot write to {path}: {nearest} is a file; choose another --out")
@@ -64,19 +69,30 @@ class EvaluationFolder:
     def start(self) -> list[dict[str, Any]]:
         """Makes what is not there yet, mends what was cut off, and gives the lines of the questions that are done.
 
+        Other processes are kept from it until `release`, or this process's end.
+
         Raises:
-            UserError: where nothing can be written, or the files do not belong together.
+            UserError: where nothing can be written, another process is at it, or the files do not belong together.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
             if not (self.path / "config.yaml").is_file():
                 text = yaml.safe_dump({"evaluation": self._asked}, sort_keys=False)
                 write_atomically(self.path / "config.yaml", text + dump_config(self._config))
             done = self._mend_questions()
             self._mend_trajectories(len(done))
+        except Timeout as error:
+            raise UserError(
+                f"another process is at the evaluation in {self.path}; wait for it, or choose another --out"
+            ) from error
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}; choose another --out") from error
         return done
+
+    def release(self) -> None:
+        """Others may go on with it."""
+        self._lock.release(force=True)
 
     def add(self, outcomes: Sequence[dict[str, Any]], trajectories: Sequence[dict[str, Any]]) -> None:
         """Keeps the next questions that are done."""

@@ -19,7 +19,6 @@ import torch
 
 from searche1_lite.benchmarks import load_run_questions
 from searche1_lite.checkpoint import RunFolder
-from searche1_lite.collapse import best_stage
 from searche1_lite.config import Config
 from searche1_lite.diagnostics import WATCHED, watch
 from searche1_lite.divergence import try_losses
@@ -32,7 +31,7 @@ from searche1_lite.ofsd import ofsd_steps, train_ofsd
 from searche1_lite.pairs import Pair, select_pairs, teacher_prompts
 from searche1_lite.reward import Reward, reward_name
 from searche1_lite.samples import is_due
-from searche1_lite.schedule import Stage, next_stage
+from searche1_lite.schedule import Stage, best_stage, next_stage
 from searche1_lite.search.base import Retriever
 from searche1_lite.search.progress import Progress, say_on_stderr
 from searche1_lite.seeding import derive_seed

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from searche1_lite.checkpoint import check_adapter_folder
 from searche1_lite.config import Config, ModelConfig, dump_config, load_config
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 RUN_CONFIG, RUN_SUMMARY = "run_config.yaml", "run_summary.json"
 """The run's settings and its figures up to the stage that was exported, in the exported folder."""
+
+_SOME_SERVER = "search-server"
+"""In the place of a search server's name, which is for those inside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,8 @@ def export_policy(
             _copy_adapter(source, staging)
         config = source.config and without_folders(source.config)
         summary = source.summary and summary_without_folders(source.summary)
+        if summary is not None and source.config is not None and (url := source.config.search.url) is not None:
+            summary["retriever"] = summary["retriever"].replace(urlsplit(url).netloc, _SOME_SERVER)
         (staging / "README.md").write_text(
             model_card(push or to.resolve().name, _base(source, commit, staging), config, summary, merged=merge),
             encoding="utf-8",
@@ -257,13 +263,14 @@ def _base(source: Source, commit: str | None, folder: Path) -> "Base":
 
 
 def without_folders(config: Config) -> Config:
-    """The settings with what names a place on this machine cut to its last part: they are for others to read."""
-
+    """The settings with what names a place on this machine cut to its last part, and a search server without its
+    address: they are for others to read."""
     search, data = config.search, config.data
+    url = search.url and urlsplit(search.url)._replace(netloc=_SOME_SERVER).geturl()
     return replace(
         config,
         model=replace(config.model, name=_public_name(config.model.name)),
-        search=replace(search, corpus=_public_names(search.corpus), index=_public_names(search.index)),
+        search=replace(search, url=url, corpus=_public_names(search.corpus), index=_public_names(search.index)),
         data=replace(data, train=_public_names(data.train), evaluation=_public_names(data.evaluation)),
     )
 

@@ -99,7 +99,7 @@ class StepReporter(TrainerCallback):
         self._describe, self._on_step, self._deadline, self._limit = describe, on_step, deadline, limit
         self._keeper = keeper
         self._began = time.monotonic()
-        self.steps = 0
+        self.steps = 0 if keeper is None else keeper.steps  # a stage that was stopped after its last step has no more
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.monotonic()
@@ -107,7 +107,7 @@ class StepReporter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.steps = state.global_step
         late = self._deadline is not None and time.monotonic() >= self._deadline
-        if late or self.steps == self._limit:
+        if late or (self._limit is not None and self.steps >= self._limit):
             control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:

@@ -2,9 +2,14 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_TOGETHER = 1.0
+"""Seconds in which further signals are taken for the first one: a terminal that is closed often sends SIGHUP twice (the
+shell's and the kernel's), and `timeout` sends SIGTERM to the process and to its group."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -15,8 +20,11 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
+        super().__init__(signum)  # as it is given here: a sweep's worker sends it to the sweep
         self.signum = signum
+
+    def __str__(self) -> str:
+        return signal.Signals(self.signum).name
 
     @property
     def exit_code(self) -> int:
@@ -29,6 +37,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._noted = 0.0
 
     def check(self) -> None:
         """Raises Interrupted if so."""
@@ -37,7 +46,7 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, signals are noted here; a second one ends the work where it stands, as KeyboardInterrupt.
+        """Within, signals are noted here; a later one ends the work where it stands, as KeyboardInterrupt.
 
         Signals that the process ignores (`nohup`, a sweep's workers) stay ignored. Only the main thread can listen;
         in any other one this does nothing.
@@ -54,6 +63,8 @@ class Stop:
                 signal.signal(signum, handler)  # type: ignore[arg-type]
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
+        now = time.monotonic()
+        if self.signum is None:
+            self.signum, self._noted = signum, now
+        elif now - self._noted >= _TOGETHER:
             raise KeyboardInterrupt
-        self.signum = signum

@@ -1,7 +1,7 @@
 """What comes next in a run, and what its budget leaves for it. Pure functions of settings and finished stages."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,3 +57,8 @@ def next_stage(config: Config, done: Sequence[dict[str, Any]]) -> Stage | None:
             if f"round{index}.{kind}" not in names:
                 return Stage(kind, index, updates, seconds)
     return None
+
+
+def best_stage(stages: Sequence[Mapping[str, Any]]) -> str:
+    """The name of the evaluated stage with the highest exact match; of several, the last."""
+    return max(enumerate(stages), key=lambda item: (item[1]["em"], item[0]))[1]["name"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from searche1_lite.reward import UNTELLING, normalize_answer, plain_words
 from searche1_lite.trajectory import Search
 
-_SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*\s+(?=[^\sa-z])|\s*\n\s*|[。！？]\s*")
+_SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*\s+(?=[^\sa-z])|\n\s*|[。！？]\s*")
 _NO_END = re.compile(r"(?:^|[\s(])(?:\w|Mr|Mrs|Ms|Dr|St|Jr|Sr|Prof|Gen|Col|Sgt|No|vs|Mt|Ft)\.\s+$")
 """What looks like a sentence's end and is an initial, a title or the like."""
 

@@ -13,7 +13,8 @@ from conftest import ShelfRetriever
 
 import searche1_lite
 from searche1_lite import UserError, evaluate_policy, load_config, open_asker, train
-from searche1_lite.config import Config
+from searche1_lite.checkpoint import RunFolder
+from searche1_lite.config import Config, SearchConfig, dump_config
 from searche1_lite.reward import Written, earned, exact_match, written_by_policy
 from searche1_lite.search.base import Passage
 from searche1_lite.trajectory import Question, Search, Trajectory, Turn
@@ -106,6 +107,20 @@ def test_own_reward_and_own_retriever_are_what_a_run_trains_with(
     shelf.name = "another shelf"
     with pytest.raises(UserError, match="begun with the retriever 'shelf', not 'another shelf'"):
         train(config, tmp_path / "run", resume=True, retriever=shelf, reward=queries_asked)
+
+
+def test_a_run_whose_search_cannot_be_opened_is_not_locked_for_whoever_keeps_the_error(
+    config: Config, tmp_path: Path
+) -> None:
+    RunFolder(tmp_path / "run", config, resume=False).start().release()
+    config.search = SearchConfig(url="http://127.0.0.1:9")
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+    errors = []
+    for _ in range(2):
+        with pytest.raises(UserError) as caught:
+            train(config, tmp_path / "run", resume=True)
+        errors.append(caught)
+    assert all("cannot search at" in str(error.value) for error in errors)
 
 
 def test_a_reward_that_is_no_finite_number_ends_the_run_with_a_line(

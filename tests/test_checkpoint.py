@@ -14,6 +14,7 @@ from searche1_lite.checkpoint import RunFolder, check_adapter_folder
 from searche1_lite.config import Config, load_config
 from searche1_lite.errors import UserError
 from searche1_lite.model import load_adapter_weights, save_adapter
+from searche1_lite.schedule import best_stage
 from searche1_lite.sealed_folder import write_atomically
 
 
@@ -237,6 +238,28 @@ def test_of_the_stages_the_last_ones_and_the_best_are_kept(tmp_path: Path, polic
     assert names(folder) == {"round1.grpo", "round2.grpo", "round2.ofsd"}
 
 
+def test_of_two_equally_good_stages_the_one_that_a_run_goes_back_to_is_kept(tmp_path: Path, policy: PeftModel) -> None:
+    folder = RunFolder(tmp_path / "run", load_config(overrides=["checkpoint.keep_stages=1"]), resume=False).start()
+    stages: list[dict[str, Any]] = []
+    for name, em in {"base": 0.5, "round1.grpo": 0.5, "round1.ofsd": 0.3}.items():
+        stages.append({"name": name, "em": em})
+        folder.save_checkpoint(name, policy, {"stages": stages})
+        folder.update_checkpoint(name, {"stages": stages})
+    assert names(folder) == {best_stage(stages), "round1.ofsd"} == {"round1.grpo", "round1.ofsd"}
+
+
+def test_what_a_kill_left_from_within_a_stage_goes_when_the_stage_is_evaluated(
+    tmp_path: Path, policy: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    save_within(folder, policy, 4)
+    with monkeypatch.context() as killed:
+        killed.setattr(RunFolder, "drop_within", lambda self, name: None)
+        folder.save_checkpoint("round1.grpo", policy, summary_of("base"))
+    folder.update_checkpoint("round1.grpo", summary_of("base", "round1.grpo"))
+    assert names(folder) == {"round1.grpo"}
+
+
 def damage(path: Path, how: str) -> None:
     content = path.read_bytes()
     if how == "a byte":
@@ -395,6 +418,46 @@ def test_a_run_adopts_anothers_stages_with_all_that_is_told_of_them(tmp_path: Pa
     before = tree(tmp_path / "taker")
     taker.adopt(tmp_path / "donor", ["base", "round1.grpo", "round1.ofsd"])
     assert tree(tmp_path / "taker") == before, "it has begun by now"
+
+
+def test_a_run_adopts_what_a_donor_that_keeps_few_stages_still_has(
+    tmp_path: Path, policy: PeftModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    donor, taker = (RunFolder(tmp_path / name, Config(), resume=False).start() for name in ("donor", "taker"))
+    saved = []
+    for stage in ("base", "round1.grpo", "round1.ofsd"):
+        saved.append(stage)
+        donor.log({"stage": stage})
+        donor.save_checkpoint(stage, policy, summary_of(*saved) | {"metrics_size": donor.metrics_size()})
+    shutil.rmtree(tmp_path / "donor" / "checkpoints" / "round1.ofsd")
+    taker.adopt(tmp_path / "donor", saved)
+    assert names(taker) == {"base", "round1.grpo"} and taker.is_whole("round1.grpo")
+    assert capsys.readouterr().err == "", "nothing is damaged"
+
+
+def test_a_run_killed_while_it_adopts_lacks_no_stage_before_the_one_that_it_goes_on_from(
+    tmp_path: Path, policy: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    donor, taker = (RunFolder(tmp_path / name, Config(), resume=False).start() for name in ("donor", "taker"))
+    saved = []
+    for stage in ("base", "round1.grpo", "round1.ofsd"):
+        saved.append(stage)
+        donor.log({"stage": stage})
+        donor.save_checkpoint(stage, policy, summary_of(*saved) | {"metrics_size": donor.metrics_size()})
+    copied = []
+
+    def dies(source: Path, to: Path) -> None:
+        if copied:
+            raise KeyboardInterrupt
+        copied.append(original(source, to))
+
+    original = shutil.copytree
+    monkeypatch.setattr(shutil, "copytree", dies)
+    with pytest.raises(KeyboardInterrupt):
+        taker.adopt(tmp_path / "donor", saved)
+    latest = taker.latest()
+    assert latest is not None
+    assert names(taker) >= {stage["name"] for stage in latest[1]["stages"]}
 
 
 def test_a_folder_without_an_adapter_is_told_from_one_with(tmp_path: Path, policy: PeftModel) -> None:

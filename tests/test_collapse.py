@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from searche1_lite.benchmarks import load_questions
 from searche1_lite.checkpoint import RunFolder
-from searche1_lite.collapse import CollapseWatch, best_stage, repetition, signs, step_figures, window_means
+from searche1_lite.collapse import CollapseWatch, repetition, signs, step_figures, window_means
 from searche1_lite.config import CollapseConfig, Config, load_config
 from searche1_lite.evolve import run
 from searche1_lite.grpo import train_grpo
@@ -125,11 +125,6 @@ def test_a_watch_goes_on_where_another_stopped(capsys) -> None:
         for step in steps[cut:]:
             other.see(step)
         assert other.told == whole.told and other.state() == whole.state()
-
-
-def test_the_best_stage_is_the_last_of_those_with_the_highest_exact_match() -> None:
-    stages = [{"name": name, "em": em} for name, em in (("base", 0.2), ("a", 0.5), ("b", 0.5), ("c", 0.1))]
-    assert best_stage(stages) == "b" and best_stage(stages[:1]) == "base"
 
 
 class DemoStage:

@@ -76,7 +76,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_folder_holds_what_was_asked_every_answer_and_the_figures(desk: Path) -> None:
     folder = desk / "whole"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "questions.jsonl", "trajectories.jsonl", "result.json",
+        ".lock", "config.yaml", "questions.jsonl", "trajectories.jsonl", "result.json",
     }  # fmt: skip
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["evaluation"]["method"] == "agent" and config["evaluation"]["data"] == "demo:dev+own.jsonl"
@@ -188,11 +188,12 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(desk: Path) -> None:
     assert same_answers(desk / "killed", desk / "whole")
 
 
-def test_ctrl_c_says_in_one_line_how_to_go_on(desk: Path) -> None:
-    stopped = command(*WORDS, "--out", "stopped", cwd=desk, program=ENDED.format(signal="SIGINT"))
-    assert stopped.returncode == 130 and stopped.stdout == ""
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_ends_it_with_one_line_that_says_how_to_go_on(desk: Path, name: str, code: int) -> None:
+    stopped = command(*WORDS, "--out", f"stopped-{name}", cwd=desk, program=ENDED.format(signal=name))
+    assert stopped.returncode == code and stopped.stdout == ""
     assert stopped.stderr == "interrupted; what is answered is kept; go on with the same command and --resume\n"
-    assert len(lines(desk / "stopped" / "questions.jsonl")) == SETS["demo"]
+    assert len(lines(desk / f"stopped-{name}" / "questions.jsonl")) == SETS["demo"]
 
 
 def test_a_finished_evaluation_prints_its_table_again_without_the_model(desk: Path) -> None:
@@ -407,5 +408,17 @@ def test_a_line_that_was_cut_off_is_mended_in_both_files(tmp_path: Path) -> None
     assert folder.start() == []
     folder.add([{"id": "0"}, {"id": "1"}], [{"t": 0}, {"t": 1}])
     os.truncate(tmp_path / "e" / "questions.jsonl", (tmp_path / "e" / "questions.jsonl").stat().st_size - 3)
+    folder.release()
     assert dev_folder(tmp_path / "e", config, questions, True).start() == [{"id": "0"}]
     assert lines(tmp_path / "e" / "trajectories.jsonl") == [{"t": 0}]
+
+
+def test_a_second_process_is_kept_from_an_evaluation_that_is_at_work(tmp_path: Path) -> None:
+    config, questions = load_config("demo"), load_questions("demo:dev", "test", 3)
+    first = dev_folder(tmp_path / "e", config, questions, False)
+    first.start()
+    second = dev_folder(tmp_path / "e", config, questions, True)
+    with pytest.raises(UserError, match="another process is at the evaluation"):
+        second.start()
+    first.release()
+    assert second.start() == []

@@ -23,11 +23,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from searche1_lite.benchmarks import load_questions
 from searche1_lite.checkpoint import RunFolder
-from searche1_lite.config import Config, load_config
+from searche1_lite.config import Config, dump_config, load_config
 from searche1_lite.console import RichTasks
 from searche1_lite.errors import UserError
 from searche1_lite.evolve import run
-from searche1_lite.export import export_policy, find_source, summary_without_folders, without_folders
+from searche1_lite.export import (
+    RUN_CONFIG,
+    RUN_SUMMARY,
+    export_policy,
+    find_source,
+    summary_without_folders,
+    without_folders,
+)
 from searche1_lite.loaded_run import Run
 from searche1_lite.merge import merge, save_merged
 from searche1_lite.model import load_policy, resolve_model, save_adapter
@@ -290,6 +297,20 @@ def test_what_is_exported_tells_no_folder_of_this_machine(tmp_path: Path) -> Non
     assert cut == {"model": "my-model", "training": {"data": "a.jsonl+nq", "n": 9}, "stages": []}
     hub = load_config("demo", None, ["model.name=Qwen/Qwen2.5-3B", "search.index=wiki-18", "data.evaluation=nq:dev"])
     assert without_folders(hub) == hub
+
+
+def test_what_is_exported_tells_no_search_servers_address(run_folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "run"
+    shutil.copytree(run_folder, own)
+    address = "retriever.corp.internal:8000"
+    served = [f"search.url=http://{address}/retrieve", "search.corpus=null"]
+    (own / "config.yaml").write_text(dump_config(load_config(file=own / "config.yaml", overrides=served)))
+    summary = json.loads((own / "summary.json").read_text()) | {"retriever": f"http(bm25 at {address}/retrieve)"}
+    (own / "summary.json").write_text(json.dumps(summary))
+    export_policy(own, tmp_path / "out", say=lambda line: None)
+    for name in ("README.md", RUN_CONFIG, RUN_SUMMARY):
+        assert "retriever.corp" not in (tmp_path / "out" / name).read_text()
+    assert load_config(file=tmp_path / "out" / RUN_CONFIG).search.url == "http://search-server/retrieve"
 
 
 def make_unfinished(run_folder: Path, to: Path) -> Path:

@@ -26,6 +26,7 @@ from searche1_lite.guard import UpdateGuard
 from searche1_lite.ofsd import train_ofsd
 from searche1_lite.protocol import Protocol
 from searche1_lite.search.progress import SILENT
+from searche1_lite.training_state import Resumed, StageKeeper
 from searche1_lite.trajectory import Question, Trajectory
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
@@ -242,6 +243,27 @@ def test_three_skipped_updates_in_a_row_end_the_run_with_the_last_sound_policy(
     assert all(all_equal(later, weights[0]) for later in weights[1:])
     assert all_equal(adapter_weights(policy[0]), weights[0]) and list(policy[0].peft_config) == ["default"]
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("planned", [4, 9], ids=["as many as planned", "as many as the budget leaves"])
+def test_a_stage_that_was_ended_at_its_last_step_is_resumed_with_all_its_steps_counted(
+    policy, tmp_path: Path, planned: int
+) -> None:
+    config = configured(steps=planned)
+    folder = RunFolder(tmp_path / "run", config, resume=False).start()
+
+    def train(resumed: Resumed | None) -> dict[str, Any]:
+        keeper = StageKeeper(folder, "round1.grpo", policy[0], every=0, state={"stages": []}, resumed=resumed)
+        return train_grpo(
+            *policy, lambda *_: written(policy, MIXED + MIXED), QUESTIONS, config, run_seed=0, round_index=1,
+            output_dir=tmp_path, on_step=folder.log, keeper=keeper, limit=4,
+        )  # fmt: skip
+
+    with spoilt(policy, "gradient", {2, 3, 4}), pytest.raises(UserError, match="ends at step 4"):
+        train(None)
+    latest = folder.latest()
+    assert latest is not None and latest[1]["within"]["step"] == 4
+    assert train((latest[0], latest[1]["within"]))["steps"] in (4, 5), "one more at most: a Trainer stops after a step"
 
 
 def test_skips_that_are_not_in_a_row_end_nothing(policy, tmp_path: Path) -> None:

@@ -391,6 +391,12 @@ def test_text_files_of_any_bytes_become_text(tmp_path: Path) -> None:
         assert text.encode("utf-8") and "\0" not in text
 
 
+def test_a_heading_with_a_million_blanks_in_it_holds_no_index_up(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text(f"# Lima{' ' * 1_000_000}Peru ##  \nA town.")
+    ((_, contents),) = folder_passages(tmp_path, 100)
+    assert contents.startswith("Lima ") and contents.endswith("Peru\nA town.")
+
+
 @pytest.mark.parametrize("document", [name for name in DOCUMENTS if name not in HUGE])
 def test_escaping_twice_changes_no_more_than_escaping_once(document: str) -> None:
     assert escape(escape(DOCUMENTS[document])) == escape(DOCUMENTS[document])

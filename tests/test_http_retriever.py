@@ -1,5 +1,6 @@
 """Asking a search server, among them some that fail: never silently wrong, and on as configured."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -73,6 +74,13 @@ def test_an_empty_query_finds_nothing_and_a_hostile_one_is_text(server: FaultySe
     assert ids(found[:2]) == [[], []] and ids(found[2:]) == [["1"]] * 3
     (body,) = server.asked
     assert body["queries"][:2] == ["?", '"}]'] and len(body["queries"][2]) == 4096
+
+
+def test_a_notebook_whose_thread_runs_a_loop_of_its_own_can_open_and_ask(server: FaultyServer) -> None:
+    async def cell() -> list[list[Passage]]:
+        return opened(server).search(["Mitu"], 2)
+
+    assert ids(asyncio.run(cell())) == ids(opened(server).search(["Mitu"], 2))
 
 
 def test_many_queries_go_in_bounded_requests_over_few_connections(server: FaultyServer) -> None:

@@ -3,7 +3,7 @@ import time
 import pytest
 
 from searche1_lite.config import Config, load_config
-from searche1_lite.schedule import next_stage
+from searche1_lite.schedule import best_stage, next_stage
 
 
 def configured(*settings: str) -> Config:
@@ -60,3 +60,8 @@ def test_a_stage_that_a_collapse_stopped_is_the_last_and_one_that_went_back_is_n
     config, (base, stage) = configured("rounds=2"), finished(("round1.grpo", 8, 1.0))
     assert next_stage(config, [base, stage | {"ended": "stop"}]) is None
     assert next_stage(config, [base, stage | {"ended": "rollback"}]).name == "round1.ofsd"
+
+
+def test_the_best_stage_is_the_last_of_those_with_the_highest_exact_match() -> None:
+    stages = [{"name": name, "em": em} for name, em in (("base", 0.2), ("a", 0.5), ("b", 0.5), ("c", 0.1))]
+    assert best_stage(stages) == "b" and best_stage(stages[:1]) == "base"

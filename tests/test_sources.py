@@ -61,3 +61,13 @@ def test_sources_are_numbered_in_the_order_found_and_each_comes_once() -> None:
 @pytest.mark.parametrize("answer", ["yes", "No.", "the", "?"])
 def test_words_that_tell_nothing_have_no_source(answer: str) -> None:
     assert find_sources(answer, [Search("q", [Passage("1", "T", f"Yes, no, the {answer}.")])]) == []
+
+
+def test_a_run_of_a_million_blanks_in_a_passage_holds_nobody_up() -> None:
+    passage = Passage("1", "Lima", f"Lima is{' ' * 1_000_000}old. It is the capital of Peru.")
+    assert find_sources("the capital of Peru", [Search("Lima", [passage])])[0].sentence == "It is the capital of Peru."
+
+
+def test_a_line_break_ends_a_sentence_with_the_blanks_around_it() -> None:
+    text = "A list \n  of towns: Lima \n Quito"
+    assert sentence_around(text, *stands_at("Lima", text)) == "of towns: Lima"

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,33 @@ def test_two_at_a_time_give_the_same_figures_and_workers_that_die_take_no_other_
     assert set(states) == {"done", "failed"} and states.count("failed") <= 4, "the others were done all the same"
     resumed = sweep(folder, "--out", "two", "--jobs", "2", "--resume")
     assert untimed(json.loads(resumed.stdout)) == untimed(whole)
+
+
+def test_sigterm_ends_a_sweep_with_the_steps_done_kept_and_a_line_that_says_how_to_go_on(tmp_path: Path) -> None:
+    slow = "settings: {rounds: 1, ofsd.enabled: false, data.evaluation_limit: 8, checkpoint.every_steps: 0}"
+    (tmp_path / "mine.yaml").write_text(
+        f"preset: demo\n{slow}\nvariants: {{a: {{grpo.steps: 500}}, b: {{grpo.steps: 501}}}}"
+    )
+    run = tmp_path / "out" / "runs" / "a" / "seed-0"
+    with subprocess.Popen(
+        words("--out", "out"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=environment(),
+    ) as process:
+        metrics = run / "metrics.jsonl"
+        while process.poll() is None and (not metrics.is_file() or metrics.read_text().count('"grpo"') < 2):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert told.rstrip().endswith("interrupted; what was done is kept, go on with --resume --out out")
+    assert list((run / "checkpoints").glob("round1.grpo.step-*")), "the steps of the stage are kept too"
+    states = [row["runs"][0]["state"] for row in json.loads((tmp_path / "out" / "sweep.json").read_text())["variants"]]
+    assert states == ["waiting", "waiting"]
 
 
 def command_line(pid: int) -> str:

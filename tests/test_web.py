@@ -550,6 +550,29 @@ def test_no_more_questions_wait_than_there_is_room_for(page: Page, asker: Asker)
     assert page.ask(QUESTION)[-1]["answer"] == "Dofa Togu", "those that nobody waits for are not answered"
 
 
+def test_a_search_that_hangs_keeps_neither_a_stop_nor_the_end_waiting(
+    asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, released = threading.Event(), threading.Event()
+
+    class Hanging:
+        name = "hanging"
+
+        def search(self, queries: list[str], k: int) -> list:
+            asked.set()
+            assert released.wait(120)
+            return [[] for _ in queries]
+
+    monkeypatch.setattr(asker.work, "retriever", Hanging())
+    with served(asker) as page:
+        response = page.request("/api/ask", {"question": QUESTION})
+        assert asked.wait(60)
+        page.desk.stop()
+        assert json.loads(response.read().splitlines()[-1]) == {"type": "stopped"}
+    assert not released.is_set(), "it is at an end while the search is not"
+    released.set()
+
+
 def test_a_failure_is_told_in_a_line_and_the_session_goes_on(
     page: Page, asker: Asker, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

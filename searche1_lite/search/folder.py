@@ -11,7 +11,7 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff
 """A word, for counting: Chinese and Japanese have no spaces, so there each character is one."""
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
-_HEADING = re.compile(r"^#{1,6}[ \t]+(.*?)[ \t#]*$", re.MULTILINE)
+_HEADING = re.compile(r"^#{1,6}[ \t]+(.*)$", re.MULTILINE)
 
 
 def text_files(folder: Path) -> list[Path]:
@@ -41,8 +41,8 @@ def folder_passages(
         text = data.decode("utf-8-sig", "replace").replace("\0", " ")
         title, body = path.stem.encode("utf-8", "replace").decode("utf-8"), text
         heading = _HEADING.search(text) if path.suffix.lower() == ".md" else None
-        if heading and heading.group(1).strip():
-            title, body = heading.group(1).strip(), text[: heading.start()] + text[heading.end() :]
+        if heading and (named := heading.group(1).rstrip(" \t#").strip()):
+            title, body = named, text[: heading.start()] + text[heading.end() :]
         for number, passage in enumerate(split_text(body, words), start=1):
             yield f"{name}#{number}", f"{title}\n{passage}"
 

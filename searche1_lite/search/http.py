@@ -18,6 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from random import Random
@@ -147,7 +148,16 @@ class HTTPRetriever:
         with self._lock:
             task = self._loop.create_task(_while_wanted(work))
             try:
-                return self._loop.run_until_complete(task)
+                if asyncio._get_running_loop() is None:
+                    return self._loop.run_until_complete(task)
+                # A notebook's thread runs a loop of its own, and no second one.
+                with ThreadPoolExecutor(1) as side:
+                    ended = side.submit(self._loop.run_until_complete, task)
+                    try:
+                        return ended.result()
+                    except BaseException:
+                        self._loop.call_soon_threadsafe(task.cancel)
+                        raise
             except BaseException:  # Ctrl-C among them: nothing may be left half sent
                 task.cancel()
                 with suppress(BaseException):

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.errors import UserError
+from searche1_lite.interrupt import Stop
 from searche1_lite.jsonl import read_json
 from searche1_lite.schedule import next_stage
 from searche1_lite.sealed_folder import write_atomically
@@ -28,7 +29,8 @@ from searche1_lite.sweep.compare import Outcome, compare
 from searche1_lite.sweep.plan import Plan, PlannedRun, common_stages
 
 _LOOK_AGAIN_S = 2.0
-"""How often a run that waits for a stage of another one is looked at."""
+"""How often it is looked whether a run may begin that waits for a stage of another one, and whether someone wants to
+end."""
 
 
 def run_sweep(plan: Plan, folder: Path, jobs: int, say: Callable[[str], None], resume: bool = False) -> dict[str, Any]:
@@ -44,6 +46,7 @@ def run_sweep(plan: Plan, folder: Path, jobs: int, say: Callable[[str], None], r
     Raises:
         UserError: if the folder holds a sweep and `resume` is not said, or runs with other settings, or if another
             process is at it.
+        Interrupted: by Ctrl-C or SIGTERM; runs keep what was done.
     """
     if (folder / "sweep.json").is_file():
         if not resume:
@@ -55,18 +58,21 @@ def run_sweep(plan: Plan, folder: Path, jobs: int, say: Callable[[str], None], r
     (folder / "shared").mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "shared" / "lock", blocking=False):
-            return _do(_Sweep(plan, folder, say), folder, jobs)
+            stop = Stop()
+            with stop.listening():
+                return _do(_Sweep(plan, folder, say), folder, jobs, stop)
     except Timeout as error:
         raise UserError(f"another process is at the sweep in {folder}; wait for it, or choose another --out") from error
 
 
-def _do(sweep: "_Sweep", folder: Path, jobs: int) -> dict[str, Any]:
+def _do(sweep: "_Sweep", folder: Path, jobs: int, stop: Stop) -> dict[str, Any]:
     sweep.keep()
     not_ours = multiprocessing.active_children()
     workers = [_worker(jobs) for _ in range(jobs)]
     at_work: dict[Future[None], tuple[PlannedRun, int]] = {}
     try:
         while True:
+            stop.check()
             for slot in set(range(jobs)) - {slot for _, slot in at_work.values()}:
                 if (planned := sweep.next_run()) is not None:
                     sweep.begin(planned)
@@ -79,7 +85,7 @@ def _do(sweep: "_Sweep", folder: Path, jobs: int) -> dict[str, Any]:
                     at_work[task] = planned, slot
             if not at_work:
                 return sweep.keep()
-            ended, _ = wait(at_work, timeout=_LOOK_AGAIN_S if sweep.waiting else None, return_when=FIRST_COMPLETED)
+            ended, _ = wait(at_work, timeout=_LOOK_AGAIN_S, return_when=FIRST_COMPLETED)
             for task in ended:
                 planned, slot = at_work.pop(task)
                 error = task.exception()
@@ -92,7 +98,7 @@ def _do(sweep: "_Sweep", folder: Path, jobs: int) -> dict[str, Any]:
     finally:
         for process in multiprocessing.active_children():
             if process not in not_ours:
-                process.terminate()
+                process.terminate()  # a run that is at work keeps the steps done
         for worker in workers:
             worker.shutdown(cancel_futures=True)
         for planned, _ in at_work.values():
@@ -209,10 +215,6 @@ class _Sweep:
         self._state = {index: "done" if self._is_done(run) else "waiting" for index, run in enumerate(plan.runs)}
         self._errors: dict[int, str] = {}
         self._began: dict[int, float] = {}
-
-    @property
-    def waiting(self) -> bool:
-        return "waiting" in self._state.values()
 
     def next_run(self) -> PlannedRun | None:
         """The next one to do: the first that has nothing to gain from a stage that a run at work is about to finish."""

@@ -116,13 +116,15 @@ class Desk:
         job.tell({"type": "began", "side": side})
         reasoning = Reasoning()
 
-        def listen(event: Event) -> None:
+        def check() -> None:
             if job.stopped.is_set():
                 raise Stopped
+
+        def listen(event: Event) -> None:
             for note in _notes(event, reasoning):
                 job.tell(note)
 
-        answer = self.asker.answer(job.question, listen, bare=bare)
+        answer = self.asker.answer(job.question, listen, bare=bare, check=check)
         if rest := reasoning.end("answer" if answer.stopped == "answer" else None):
             job.tell({"type": "reasoned", "text": visible(rest)})
         job.tell(_outcome(answer, job.settings))
