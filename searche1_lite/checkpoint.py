@@ -233,14 +233,14 @@ class RunFolder:
 
         final = self.path / "checkpoints" / name
         write_sealed(final, lambda folder: save_adapter(model, folder), state)
-        read_sealed(final)  # it is good: then others may go
+        _check_written(final)  # it is good: then others may go
         self.drop_within(name)
 
     def save_within(self, name: str, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
         """What `write` puts into a folder, after `step` updates of stage `name`; the last few such are kept."""
         final = self.path / "checkpoints" / f"{name}.step-{step}"
         write_sealed(final, write, state)
-        read_sealed(final)
+        _check_written(final)
         earlier = [path for number, path in self._within(name) if number < step]
         for path in earlier[: -(KEPT_WITHIN - 1)]:
             remove_sealed(path)
@@ -336,6 +336,16 @@ def _copy(source: Path, to: Path) -> None:
         sync(staging)
     staging.replace(to)
     staging.unlink(missing_ok=True)  # it is left where both were the same file already
+
+
+def _check_written(folder: Path) -> None:
+    """Reads back what was just written."""
+    try:
+        read_sealed(folder)
+    except DamagedError as error:
+        raise UserError(
+            f"{error} just now: the disk does not keep what it is given; what was kept before is there", exit_code=1
+        ) from error
 
 
 def _read_answers(answers: Path, note: Path, key: str) -> tuple[list[dict[str, Any]], float] | None:

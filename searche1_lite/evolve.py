@@ -229,9 +229,12 @@ def _run_ofsd(
     return rolled + keeper.seconds, keeper.figures["stage"] | result | {"rollout_seconds": rolled}
 
 
-def _go_back(work: Run, folder: RunFolder, stages: Sequence[dict[str, Any]]) -> str:
-    """Makes the adapter that of the best evaluated stage whose checkpoint is there, and tells which that is."""
+def _go_back(work: Run, folder: RunFolder, stages: Sequence[dict[str, Any]]) -> str | None:
+    """Makes the adapter that of the best evaluated stage whose checkpoint is whole, and tells which that is, if any."""
     kept = [stage for stage in stages if folder.is_whole(stage["name"])]
+    if not kept:
+        say_on_stderr("no earlier checkpoint is whole, so there is none to go back to; the policy stays as it is")
+        return None
     name = best_stage(kept)
     load_adapter_weights(work.model, folder.path / "checkpoints" / name)
     say_on_stderr(f"the policy is again that of {name}")

@@ -120,6 +120,7 @@ def test_a_rollout_over_http_is_the_rollout_over_the_index() -> None:
         ("POST", "/retrieve", b'{"queries": ["Peru"], "topk": -1}', 422),
         ("POST", "/retrieve", b'{"queries": ["Peru"], "topk": 1e999}', 422),
         ("POST", "/retrieve", json.dumps({"queries": ["Peru"], "topk": MOST_PASSAGES + 1}).encode(), 422),
+        ("POST", "/retrieve", json.dumps({"queries": ["Peru"] * 65, "topk": 100}).encode(), 413),
         ("POST", "/retrieve", json.dumps({"queries": ["Peru"] * (MOST_QUERIES + 1)}).encode(), 422),
         ("POST", "/retrieve", json.dumps({"queries": ["x" * (LONGEST_QUERY + 1)]}).encode(), 422),
         ("POST", "/retrieve", b" " * 2**20 + b"{}", 413),

@@ -25,6 +25,8 @@ from searche1_lite.serving import HEALTH, Text, error_response, new_app
 MOST_QUERIES = 256
 MOST_PASSAGES = 100
 """A query."""
+MOST_FOUND = 6_400
+"""Passages a request, what the client here asks for at most: an answer is held whole."""
 LONGEST_QUERY = 16_384
 """Characters; an engine may use fewer."""
 _MOST_WAITING = 256
@@ -123,6 +125,8 @@ def create_app(retriever: Retriever, k: int, counters: Counters | None = None) -
     async def retrieve(wanted: Wanted) -> Response:
         """Searches for each query."""
         nonlocal waiting
+        if len(wanted.queries) * (wanted.topk or k) > MOST_FOUND:
+            return error_response(413, f"queries x topk may be at most {MOST_FOUND:,}; ask for fewer at once")
         if waiting >= _MOST_WAITING:
             return error_response(503, "too much waits already; try again", {"retry-after": "1"})
         waiting += 1
