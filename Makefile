@@ -10,10 +10,11 @@ demo: $(INSTALLED)
 	$(VENV)/bin/searche1-lite train --preset demo --out runs/demo --resume
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 
 # The stamp is younger than both files exactly when what they ask for is installed.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -23,4 +24,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

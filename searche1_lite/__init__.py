@@ -11,8 +11,8 @@ BM25 through Pyserini. Importing this package is instant: nothing heavy is loade
     print(asker.answer("What is the mayor of Port Mitu?").answer)
 
 Whatever the command line does is here: `train`, `evaluate_policy` (eval), `open_asker` (ask), `run_sweep`,
-`build_index`, `write_report`, `export_policy`, `examine` (doctor), `run_bench`. Mistakes that the caller can mend are
-`UserError`s.
+`serve_page` (ask --web), `build_index`, `serve_search`, `write_report`, `export_policy`, `examine` (doctor),
+`run_bench`, and `config_for_gpu` (without --preset). Mistakes that the caller can mend are `UserError`s.
 """
 
 import os
@@ -24,7 +24,15 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from searche1_lite.api import evaluate_policy, open_asker, run_sweep, train
+    from searche1_lite.api import (
+        config_for_gpu,
+        evaluate_policy,
+        open_asker,
+        run_sweep,
+        serve_page,
+        serve_search,
+        train,
+    )
     from searche1_lite.ask import Answer, Asker
     from searche1_lite.bench import bench as run_bench
     from searche1_lite.config import Config, load_config
@@ -50,6 +58,7 @@ __all__ = [
     "UserError",
     "Written",
     "build_index",
+    "config_for_gpu",
     "evaluate_policy",
     "examine",
     "export_policy",
@@ -58,6 +67,8 @@ __all__ = [
     "quieten",
     "run_bench",
     "run_sweep",
+    "serve_page",
+    "serve_search",
     "train",
     "write_report",
 ]
@@ -74,6 +85,7 @@ _MODULES = {
     "UserError": "errors",
     "Written": "reward",
     "build_index": "search.index",
+    "config_for_gpu": "api",
     "evaluate_policy": "api",
     "examine": "doctor",
     "export_policy": "export",
@@ -82,6 +94,8 @@ _MODULES = {
     "quieten": "quiet",
     "run_bench": "bench",
     "run_sweep": "api",
+    "serve_page": "api",
+    "serve_search": "api",
     "train": "api",
     "write_report": "report",
 }

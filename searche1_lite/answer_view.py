@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +20,7 @@ _THINK, _BLOCKS = ("<think>", "</think>"), ("<search>", "<answer>")
 
 def plain_console(stderr: bool = False) -> Console:
     """A console without colours or weights where they are not wanted (NO_COLOR) or nobody watches."""
-    colours = None if os.environ.get("NO_COLOR") else "auto"
+    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True, color_system=colours)
 
 

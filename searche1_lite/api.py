@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from searche1_lite.config import Config
+from searche1_lite.config import Config, default_preset, load_config
 from searche1_lite.errors import UserError
+from searche1_lite.quiet import quieten
 from searche1_lite.search.progress import SILENT, Progress, say_on_stderr
 
 if TYPE_CHECKING:
@@ -22,6 +23,36 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 """Told, in a line, what the user should know."""
+Agree = bool | Callable[[str], bool]
+"""Whether large downloads are agreed to; or what is asked, with a line that says how large."""
+
+
+def config_for_gpu(
+    overrides: Sequence[str] = (),
+    *,
+    gpu_gib: float | None = None,
+    smallest: bool = False,
+    say: Say = say_on_stderr,
+) -> tuple[Config, str]:
+    """The settings of the preset that is made for the GPU here, and the preset's name.
+
+    Args:
+        overrides: settings over the preset's, such as `grpo.steps=20`.
+        gpu_gib: for a GPU with this much memory, in GiB, in the place of the one here.
+        smallest: without a GPU take the preset for the smallest one, instead of refusing.
+
+    Raises:
+        UserError: without a GPU, with one too small, or for settings that will not do.
+    """
+    load_config(overrides=overrides)  # faults are told before PyTorch is loaded
+    if gpu_gib is None:
+        import torch
+
+        if torch.cuda.is_available():
+            gpu_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    preset = default_preset(8 if gpu_gib is None and smallest else gpu_gib)
+    say(f"preset {preset}, {'by' if gpu_gib else 'without'} the size of the GPU; --preset names another")
+    return load_config(preset, overrides=overrides), preset
 
 
 def train(
@@ -31,7 +62,8 @@ def train(
     resume: bool = False,
     retriever: "Retriever | None" = None,
     reward: "Reward | None" = None,
-    yes: bool = False,
+    yes: Agree = False,
+    quiet: bool = False,
     progress: Progress = SILENT,
     say: Say = say_on_stderr,
 ) -> dict[str, Any]:
@@ -44,7 +76,8 @@ def train(
         retriever: a search engine of your own, in the place of what `config.search` names.
         reward: what GRPO rewards, in the place of exact match: a function of `Written`, the model's own words. Which
             rollouts OFSD takes for right, and all figures, stay by exact match.
-        yes: agree to large downloads.
+        yes: agree to large downloads; or a function that is asked.
+        quiet: keep libraries' notices off the terminal, see `quieten`.
         progress: told how far it is; `searche1_lite.console.RichTasks()` draws bars.
 
     Returns:
@@ -65,6 +98,8 @@ def train(
     folder.claim()
     try:
         retriever = retriever or _open(config, yes, progress, say)
+        if quiet:
+            quieten()
         from searche1_lite.evolve import run
 
         return run(config, folder, progress, questions, retriever=retriever, reward=reward)
@@ -82,7 +117,8 @@ def evaluate_policy(
     out: Path | str | None = None,
     resume: bool = False,
     retriever: "Retriever | None" = None,
-    yes: bool = False,
+    yes: Agree = False,
+    quiet: bool = False,
     progress: Progress = SILENT,
     say: Say = say_on_stderr,
 ) -> dict[str, Any]:
@@ -98,7 +134,8 @@ def evaluate_policy(
         out: keep answers and figures in this folder.
         resume: go on with the evaluation that is there.
         retriever: a search engine of your own, in the place of what `config.search` names.
-        yes: agree to large downloads.
+        yes: agree to large downloads; or a function that is asked.
+        quiet: keep libraries' notices off the terminal, see `quieten`.
 
     Returns:
         `em`, `em_ci95`, `f1`, `n`, `searches_per_question`, `no_search_rate` and more, with `method`, `retriever`,
@@ -115,7 +152,7 @@ def evaluate_policy(
     adapter = None if adapter is None else Path(adapter)
     if adapter:
         check_adapter_folder(adapter)
-    name = named(data or config.data.evaluation, "data.evaluation")
+    name = named(data or config.data.evaluation, "data.evaluation (or --data)")
     if data is None and limit is None:
         questions = load_questions(name, "test", config.data.evaluation_limit, config.seed, say)
     else:
@@ -132,6 +169,8 @@ def evaluate_policy(
             return kept
     _prepare_process()
     retriever = retriever_for(chosen) or retriever or _open(config, yes, progress, say)
+    if quiet:
+        quieten()
     from searche1_lite.evaluation import run_evaluation
     from searche1_lite.loaded_run import Run
 
@@ -153,7 +192,8 @@ def open_asker(
     adapter: Path | str | None = None,
     *,
     retriever: "Retriever | None" = None,
-    yes: bool = False,
+    yes: Agree = False,
+    quiet: bool = False,
     progress: Progress = SILENT,
     say: Say = say_on_stderr,
 ) -> "Asker":
@@ -162,7 +202,9 @@ def open_asker(
     Args:
         adapter: a folder that `train` wrote; None: the bare base.
         retriever: a search engine of your own, in the place of what `config.search` names.
-        yes: agree to large downloads.
+        yes: agree to large downloads; or a function that is asked.
+        quiet: keep libraries' notices off the terminal, see `quieten`.
+        progress: told how far a download or an index is; answers are quick, and tell nothing.
 
     Raises:
         UserError: for settings or an adapter that will not do.
@@ -182,10 +224,81 @@ def open_asker(
     at_hand = "ok" if retriever else describe_source(config.search)[0]
     with ThreadPoolExecutor(1, "open-search") as side:
         opened = side.submit(open_search) if at_hand == "ok" else open_search()
+        if quiet:
+            quieten()
         from searche1_lite.ask import Asker
         from searche1_lite.loaded_run import Run
 
-        return Asker(Run(config, progress, adapter, opened), adapter)
+        return Asker(Run(config, SILENT, adapter, opened), adapter)
+
+
+def serve_page(
+    config: Config,
+    adapter: Path | str | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8642,
+    token: str | None = None,
+    retriever: "Retriever | None" = None,
+    yes: Agree = False,
+    quiet: bool = False,
+    progress: Progress = SILENT,
+    say: Say = say_on_stderr,
+) -> None:
+    """Serves the page of `searche1-lite ask --web` until Ctrl-C or SIGTERM.
+
+    Args:
+        adapter, retriever, yes, quiet, progress, say: see `open_asker`.
+        host: the address to be reached at; beyond this machine only with a token.
+        port: 0: a free one.
+        token: what the page asks for; default: what SEARCHE1_LITE_TOKEN says.
+
+    Raises:
+        UserError: for settings, an adapter, an address or a token that will not do.
+    """
+    from searche1_lite.serving import find_token, listen
+
+    place = listen(host, port, find_token(token))  # before the model is loaded, in which time it is not answered yet
+    asker = open_asker(config, adapter, retriever=retriever, yes=yes, quiet=quiet, progress=progress, say=say)
+    from searche1_lite.web.app import serve_page as serve
+
+    serve(asker, place)
+
+
+def serve_search(
+    config: Config,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    workers: int = 1,
+    token: str | None = None,
+    yes: Agree = False,
+    progress: Progress = SILENT,
+    say: Say = say_on_stderr,
+) -> None:
+    """Serves what `config.search` names, as `searche1-lite serve-search`, until Ctrl-C or SIGTERM.
+
+    Args:
+        host: the address to be reached at; beyond this machine only with a token.
+        port: 0: a free one.
+        workers: processes over the same index, each with a Java machine of its own.
+        token: what clients have to show; default: what SEARCHE1_LITE_TOKEN says.
+        yes: agree to large downloads; or a function that is asked.
+
+    Raises:
+        UserError: for settings, an index, an address or a token that will not do.
+    """
+    from searche1_lite.serving import find_token, listen
+
+    place = listen(host, port, find_token(token))  # what is wrong with it is told before the index is opened
+    from searche1_lite.search.catalog import describe_source
+    from searche1_lite.search.workers import serve_search as serve
+
+    search = config.search
+    ready = search.url is not None or (search.index is not None and describe_source(search)[0] == "ok")
+    if not ready:  # it is built or fetched here, once, with progress
+        _open(config, yes, progress, say)
+    serve(search, place, workers)
 
 
 def run_sweep(
@@ -196,7 +309,8 @@ def run_sweep(
     seeds: Sequence[int] = (),
     jobs: int = 1,
     resume: bool = False,
-    yes: bool = False,
+    yes: Agree = False,
+    quiet: bool = False,
     progress: Progress = SILENT,
     say: Say = say_on_stderr,
 ) -> dict[str, Any]:
@@ -211,7 +325,8 @@ def run_sweep(
         seeds: in the place of the file's.
         jobs: runs at the same time.
         resume: go on with the sweep that is there.
-        yes: agree to large downloads.
+        yes: agree to large downloads; or a function that is asked.
+        quiet: keep libraries' notices off the terminal, see `quieten`.
 
     Returns:
         What `sweep.json` holds: `name`, `baseline`, `seeds`, and `variants` with their figures, differences and runs.
@@ -229,10 +344,12 @@ def run_sweep(
     # Faults that all runs have in common are told once, and what they download is fetched once.
     for alike in {repr((run.config.data, run.config.grpo)): run.config for run in plan.runs}.values():
         load_run_questions(alike, say)
-    for alike in {repr(run.config.logging): run.config.logging for run in plan.runs}.values():
-        check_trackers(alike)
+    for logging in {repr(run.config.logging): run.config.logging for run in plan.runs}.values():
+        check_trackers(logging)
     for alike in {repr(run.config.search): run.config for run in plan.runs}.values():
         _open(alike, yes, progress, say)
+    if quiet:
+        quieten()
     from searche1_lite.sweep.runs import check_room
     from searche1_lite.sweep.runs import run_sweep as run_plan
 
@@ -240,14 +357,15 @@ def run_sweep(
     return run_plan(plan, Path(out) if out is not None else Path("runs") / plan.name, jobs, say, resume)
 
 
-def _open(config: Config, yes: bool, progress: Progress, say: Say) -> "Retriever":
+def _open(config: Config, yes: Agree, progress: Progress, say: Say) -> "Retriever":
     from searche1_lite.search.catalog import needs_yes, open_retriever
 
     def agree(what: str) -> bool:
         say(what)
         return True
 
-    return open_retriever(config.search, confirm=agree if yes else needs_yes, progress=progress, say=say)
+    confirm = yes if callable(yes) else agree if yes else needs_yes
+    return open_retriever(config.search, confirm=confirm, progress=progress, say=say)
 
 
 def _prepare_process() -> None:

@@ -262,7 +262,8 @@ def _read_questions(path: Path) -> list[Question]:
         for number, record in _records(path, (*COLUMNS, "metadata"), str(path)):
             question = _check_record(record, f"{path}:{number}")
             if question.id in seen:
-                raise UserError(f"{path}:{number}: id {question.id!r} was already used on line {seen[question.id]}")
+                before = f"was already used on line {seen[question.id]}"
+                raise UserError(f"{path}:{number}: id {question.id!r} {before}; make it unique")
             seen[question.id] = number
             questions.append(question)
     except _DamagedError as error:
@@ -280,7 +281,7 @@ def _check_record(record: dict[str, Any], place: str) -> Question:
     if not isinstance(record["question"], str) or not record["question"].strip():
         raise UserError(f"{place}: the question is empty; write one or delete the line")
     if isinstance(record["id"], bool) or not isinstance(record["id"], str | int):
-        raise UserError(f"{place}: the id must be a string or a whole number")
+        raise UserError(f"{place}: the id must be a string or a whole number; mend it")
     metadata = record.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise UserError(f"{place}: metadata must be an object; mend it or leave it out")
@@ -316,7 +317,8 @@ def _load_public(part: _Part, notice: Notice | None) -> list[Question]:
             golds = [gold for gold in golds or () if isinstance(gold, str) and gold.strip()]
             if not golds or not isinstance(text, str) or not text.strip():
                 continue
-            question_id, metadata = str(record["id"]), {"data_set": part.name}
+            question_id = str(record["id"])
+            metadata: dict[str, Any] = {"data_set": part.name}
             if mixture:
                 metadata["data_set"] = str(record["data_source"])
                 question_id = f"{metadata['data_set']}:{question_id}"

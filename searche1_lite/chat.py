@@ -11,7 +11,7 @@ from types import FrameType
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import run_in_terminal
-from prompt_toolkit.completion import NestedCompleter, PathCompleter
+from prompt_toolkit.completion import Completer, NestedCompleter, PathCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
@@ -74,12 +74,12 @@ class Chat:
             "save": (self._save, "FILE", "the session's answers, as JSON lines"),
             "quit": (self._quit, "", "leave; Ctrl-D does too"),
         }
-        words = {f"/{name}": None for name in self._commands}
+        words: dict[str, Completer | None] = {f"/{name}": None for name in self._commands}
         paths = {"/adapter": PathCompleter(only_directories=True, expanduser=True), "/save": PathCompleter()}
         self._prompt: PromptSession[str] = PromptSession(
             PROMPT,
             history=history,
-            completer=NestedCompleter.from_nested_dict(words | paths),
+            completer=NestedCompleter.from_nested_dict({**words, **paths}),
             complete_while_typing=False,
             key_bindings=self._keys(),
         )

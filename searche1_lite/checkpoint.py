@@ -203,9 +203,9 @@ class RunFolder:
             return
         with (donor / "metrics.jsonl").open("rb") as file:
             write_atomically(self.path / "metrics.jsonl", file.read(state["metrics_size"]).decode("utf-8"))
-        for file in (donor / "trajectories").iterdir():
-            if file.name.startswith(tuple(f"{name}." for name in stages)):
-                _copy(file, self.path / "trajectories" / file.name)
+        for path in (donor / "trajectories").iterdir():
+            if path.name.startswith(tuple(f"{name}." for name in stages)):
+                _copy(path, self.path / "trajectories" / path.name)
         for name in there:  # in their order: killed in between, it goes on from what it has, and lacks none before that
             final = self.path / "checkpoints" / name
             staging = final.with_name(f".{name}.staging")
@@ -217,8 +217,8 @@ class RunFolder:
                     raise
                 shutil.rmtree(staging, ignore_errors=True)
                 continue  # the donor, which goes on with its own stages, has just removed it
-            for file in [*staging.iterdir(), staging]:
-                sync(file)
+            for path in [*staging.iterdir(), staging]:
+                sync(path)
             staging.rename(final)
 
     def save_summary(self, summary: dict[str, Any]) -> None:

@@ -537,7 +537,7 @@ def _check_keys(data: dict[str, Any], section: type, prefix: str) -> None:
         if key not in known:
             raise UserError(f"unknown config key {prefix}{key}; {_hint(str(key), prefix, list(known))}")
         kind = known[key].type
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             if not isinstance(value, dict):
                 raise UserError(
                     f"{prefix}{key} is a section; set one of its keys, such as {prefix}{key}.{fields(kind)[0].name}"

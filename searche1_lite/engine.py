@@ -257,6 +257,7 @@ class Decoder:
         lengths: torch.Tensor,
         writing: torch.Tensor,
         uniforms: torch.Tensor,
+        *,
         spans: Sequence[tuple[int, int, int]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Next tokens and log-probs (rows,) of the first rows, all those among them that do not write included."""

@@ -1,4 +1,6 @@
-"""The one exception that reaches the user as a single line."""
+"""The one exception that reaches the user as a single line, and what other ones come to in a line."""
+
+import errno
 
 
 class UserError(Exception):
@@ -12,3 +14,23 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def explain(error: Exception) -> tuple[str, int] | None:
+    """What to tell the user, and the exit code; None for what is a fault of the program."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOSPC:
+            place = f": {error.filename}" if error.filename else ""
+            message = f"no space left on the disk{place}; make room; what was kept is whole, `train` and `eval` go on "
+            return f"{message}from it with --resume", 1
+        if error.filename is not None:  # a folder that may not be written to, ...
+            return f"{error.strerror}: {error.filename}; make room or give another place", 1
+        return str(error), 1
+    # PyTorch is not imported here for the names of its errors.
+    if isinstance(error, RuntimeError) and "CUDA" in str(error):
+        if type(error).__name__ == "OutOfMemoryError":
+            return "the GPU's memory ran out; `searche1-lite doctor` says what to lower. Finished stages are kept", 1
+        return f"the GPU failed: {str(error).strip().splitlines()[0]}; look at `searche1-lite doctor`", 1
+    return None

@@ -48,10 +48,12 @@ def _outcomes(
     work: Run, questions: Sequence[Question], method: Method, folder: EvaluationFolder | None
 ) -> list[Outcome]:
     """Of all questions, those that were answered before among them."""
-    try:
-        outcomes = [Outcome(**record) for record in folder.start()] if folder else []
-    except TypeError as error:
-        raise UserError(f"{folder.path} does not fit this version ({error}); choose another --out") from error
+    outcomes: list[Outcome] = []
+    if folder:
+        try:
+            outcomes = [Outcome(**record) for record in folder.start()]
+        except TypeError as error:
+            raise UserError(f"{folder.path} does not fit this version ({error}); choose another --out") from error
     at_once = BATCHES_AT_ONCE * work.engine.batch_size
     for name, group in groupby(questions, data_set_of):
         asked = list(group)

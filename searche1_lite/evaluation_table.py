@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from searche1_lite.samples import one_line
+from searche1_lite.terminal import one_line
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

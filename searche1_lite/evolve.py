@@ -7,7 +7,7 @@ for bit, as one that was not.
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import count
@@ -24,7 +24,7 @@ from searche1_lite.diagnostics import WATCHED, watch
 from searche1_lite.divergence import try_losses
 from searche1_lite.errors import UserError
 from searche1_lite.evaluate import evaluate
-from searche1_lite.grpo import train_grpo
+from searche1_lite.grpo import OnStep, train_grpo
 from searche1_lite.loaded_run import Run
 from searche1_lite.model import load_adapter_weights
 from searche1_lite.ofsd import ofsd_steps, train_ofsd
@@ -170,7 +170,7 @@ def _run_grpo(
         result = train_grpo(
             work.model, work.tokenizer, partial(work.rollout, logprobs=True), questions, work.config,
             run_seed=work.config.seed, round_index=stage.round, output_dir=folder.path / "checkpoints",
-            on_step=lambda record: (folder.log(record), advance(1)),
+            on_step=_step_done(folder, advance),
             on_rollouts=keep_rollouts, tracked=Tracked(work.config, folder.path, stage.name),
             deadline=stage.deadline(keeper.spent), limit=steps, keeper=keeper, stop=work.stop, reward=work.reward,
         )  # fmt: skip
@@ -223,7 +223,7 @@ def _run_ofsd(
         result = train_ofsd(
             work.model, work.tokenizer, work.protocol, pairs, config,
             run_seed=config.seed, round_index=index, output_dir=folder.path / "checkpoints",
-            on_step=lambda record: (folder.log(record), advance(1)), tracked=Tracked(config, folder.path, name),
+            on_step=_step_done(folder, advance), tracked=Tracked(config, folder.path, name),
             deadline=stage.deadline(rolled + keeper.spent), limit=steps, keeper=keeper, stop=work.stop,
         )  # fmt: skip
     return rolled + keeper.seconds, keeper.figures["stage"] | result | {"rollout_seconds": rolled}
@@ -284,3 +284,13 @@ def peak_memory_mb() -> float:
         status = Path("/proc/self/status").read_text()
         return round(int(status.partition("VmHWM:")[2].split()[0]) / 2**10, 1)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
+
+
+def _step_done(folder: RunFolder, advance: Callable[[int], None]) -> OnStep:
+    """What is told of each training step."""
+
+    def step_done(record: dict[str, Any]) -> None:
+        folder.log(record)
+        advance(1)
+
+    return step_done

@@ -20,6 +20,7 @@ from searche1_lite.checkpoint import check_adapter_folder
 from searche1_lite.config import Config, ModelConfig, dump_config, load_config
 from searche1_lite.errors import UserError
 from searche1_lite.hub import check_upload, download_folder, upload_folder
+from searche1_lite.quiet import quieten
 from searche1_lite.schedule import next_stage
 from searche1_lite.search.progress import say_on_stderr
 
@@ -57,6 +58,7 @@ def export_policy(
     merge: bool = False,
     push: str | None = None,
     public: bool = False,
+    quiet: bool = False,
     say: Callable[[str], None] = say_on_stderr,
 ) -> dict[str, Any]:
     """Exports an adapter to the folder `to`, which must be empty or not there.
@@ -67,6 +69,7 @@ def export_policy(
         merge: one model with the adapter in its weights, bf16, instead of the adapter alone.
         push: also uploads the folder to the hub, as this repository (`owner/name`).
         public: whether that repository, if it is not there yet, is made for everyone to see.
+        quiet: keep libraries' notices off the terminal, see `quieten`.
         say: told in a line what the user should know.
 
     Returns:
@@ -80,6 +83,10 @@ def export_policy(
     folder, to = Path(folder), Path(to)
     source = find_source(folder, stage)
     check_target(to, folder)
+    if public and push is None:
+        raise UserError("--public is for --push; name the repository with it")
+    if quiet:
+        quieten()
     if push is not None:
         if not merge and Path(source.base).is_dir():
             raise UserError(f"the base {source.base} is a folder here, which nobody else can load; push with --merge")
@@ -186,9 +193,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        raise UserError(f"cannot read {path}: {error}; put it back, or export another run") from error
     if not isinstance(data, dict):
-        raise UserError(f"cannot read {path}: it holds no JSON object")
+        raise UserError(f"cannot read {path}: it holds no JSON object; put it back, or export another run")
     return data
 
 

@@ -132,6 +132,8 @@ class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
     """(B, C) 1 at the model-written tokens of the micro-batch at hand, whose log-probs are asked for."""
     logprobs: torch.Tensor
     """(B, C) those log-probs, as the last pass found them."""
+    beta: float
+    """TRL's: the weight of the KL to the reference."""
 
     def __init__(
         self, *args: Any, micro_batch_tokens: int, stop: Stop, guard: UpdateGuard | None = None, **kwargs: Any
@@ -344,7 +346,12 @@ def train_grpo(
 
     name = f"round{round_index}.grpo"
     guard, watch = UpdateGuard(name, "grpo.learning_rate"), CollapseWatch(name, config.collapse)
-    reporter = StepReporter(describe, lambda record: (on_step(record), watch.see(record)), deadline, limit, keeper)
+
+    def step_done(record: dict[str, Any]) -> None:
+        on_step(record)
+        watch.see(record)
+
+    reporter = StepReporter(describe, step_done, deadline, limit, keeper)
     arguments = GRPOConfig(
         **trainer_arguments(
             model, config, seed=seed, output_dir=output_dir, steps=stage.steps, tracked=tracked, keeper=keeper

@@ -164,7 +164,8 @@ def explain_hub_error(error: BaseException, what: str, doing: str = "fetch") -> 
         return failed("the repository has no such revision; check it, or leave it out", 2)
     if first(errors.RemoteEntryNotFoundError):
         return failed("the repository has no such file; check the name", 2)
-    if answer := first(errors.HfHubHTTPError):
+    answer = first(errors.HfHubHTTPError)
+    if isinstance(answer, errors.HfHubHTTPError):
         return failed(_explain_status(answer.response.status_code, hub))
     if first(errors.HFValidationError):
         return failed("that is not a repository's name; write owner/name", 2)

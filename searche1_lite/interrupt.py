@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _TOGETHER = 1.0
 """Seconds in which further signals are taken for the first one: a terminal that is closed often sends SIGHUP twice (the
@@ -51,7 +52,7 @@ class Stop:
         Signals that the process ignores (`nohup`, a sweep's workers) stay ignored. Only the main thread can listen;
         in any other one this does nothing.
         """
-        before: dict[int, object] = {}
+        before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(signum) not in (signal.SIG_IGN, None):
@@ -59,8 +60,8 @@ class Stop:
         try:
             yield
         finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)  # type: ignore[arg-type]
+            for noted, handler in before.items():
+                signal.signal(noted, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from gzip import GzipFile
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -103,7 +104,7 @@ def read_json(path: Path, remedy: str, exit_code: int = 2) -> dict[str, Any]:
     return value
 
 
-def bounded_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+def bounded_lines(file: BinaryIO | GzipFile) -> Iterator[tuple[int, bytes | None]]:
     """The lines of a file with their numbers from 1; None for one that is longer than `MAX_LINE`."""
     number = 0
     while line := file.readline(MAX_LINE + 1):

@@ -87,7 +87,8 @@ class SlotCache(Cache):
         text = config.get_text_config()
         kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
         if not kinds <= {"full_attention", "sliding_attention"}:
-            raise UserError(f"{text.model_type} has layers that keep no KV cache ({', '.join(sorted(kinds))})")
+            kept = ", ".join(sorted(kinds))
+            raise UserError(f"{text.model_type} has layers that keep no KV cache ({kept}); take another base")
         window = getattr(text, "sliding_window", None)
         # Models that do not say which layers have a window have it in all of them.
         self._window = window if getattr(text, "layer_types", None) is None else None
@@ -157,10 +158,9 @@ def grouped_attention(
         attention_mask = attention_mask.expand(-1, kv_heads, -1, -1).flatten(0, 1).unsqueeze(1)
 
     def attend(rows: slice, columns: slice) -> torch.Tensor:
-        seen = (kept[rows, :, columns] for kept in (key, value))
-        return F.scaled_dot_product_attention(
-            query[rows], *seen, attn_mask=attention_mask[rows, :, :, columns], scale=scaling
-        )
+        seen = key[rows, :, columns], value[rows, :, columns]
+        mask = attention_mask[rows, :, :, columns]
+        return F.scaled_dot_product_attention(query[rows], *seen, attn_mask=mask, scale=scaling)
 
     if spans is None:
         found = attend(slice(None), slice(None))

@@ -261,7 +261,7 @@ def full_pairs(config: Config) -> tuple[int, int]:
 
 def _pairs(model: "PeftModel", config: Config) -> list[Any]:
     """A step's pairs: as many with full-length references as a micro-batch holds, the others with short ones."""
-    from searche1_lite.ofsd import Pair
+    from searche1_lite.pairs import Pair
 
     vocabulary, (full, _) = model.get_input_embeddings().weight.shape[0], full_pairs(config)
     short = deepcopy(config)

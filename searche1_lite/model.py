@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -116,7 +117,7 @@ def shadow_weights(model: PeftModel, wanted: bool = True) -> Iterator[None]:
             parent._modules[name] = layer
 
 
-def adapted_layers(model: PeftModel) -> list[tuple[torch.nn.Module, str, torch.nn.Module]]:
+def adapted_layers(model: PeftModel) -> list[tuple[torch.nn.Module, str, Any]]:
     """The layers that have an adapter or 4-bit weights, each with its parent and its name there."""
     return [
         (parent, name, child)
@@ -133,7 +134,7 @@ def shadow_bytes(model: PeftModel) -> int:
     return size * sum(layer.in_features * layer.out_features for _, _, layer in adapted_layers(model))
 
 
-def plain_linear(layer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Linear:
+def plain_linear(layer: Any, dtype: torch.dtype) -> torch.nn.Linear:
     """One of `adapted_layers` without its 4 bits and its adapter: what the weight stands for plus the active adapter's
     update, added in fp32 and rounded to `dtype` once."""
     base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer

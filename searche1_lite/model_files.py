@@ -128,11 +128,12 @@ def read_adapter_config(folder: Path) -> LoraConfig:
 
     if data.get("peft_type") != "LORA":
         raise refuse("peft_type")
-    defaults = {
-        field.name: field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
-        for field in fields(LoraConfig)
-        if field.default is not MISSING or field.default_factory is not MISSING
-    }
+    defaults = {}
+    for field in fields(LoraConfig):
+        if field.default is not MISSING:
+            defaults[field.name] = field.default
+        elif field.default_factory is not MISSING:
+            defaults[field.name] = field.default_factory()
     for key, value in data.items():
         if key not in (*_OWN, *_IGNORED) and value and value != defaults.get(key):
             raise refuse(key)
@@ -176,7 +177,9 @@ def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     """
     path = Path(folder) / "adapter_model.safetensors"
     if not path.is_file():
-        raise UserError(f"{folder} has no {path.name}; only safetensors are loaded, as pickled weights can run code", 1)
+        raise UserError(
+            f"{folder} has no {path.name}; only safetensors are loaded, since pickles can run code; save it as such", 1
+        )
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -105,7 +105,7 @@ def earned(reward: Reward, trajectory: Trajectory) -> float:
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(
             f"{reward_name(reward)} gave {value!r} for the question {trajectory.question.id!r}; a reward is a finite "
-            "number"
+            "number; have it return one"
         )
     return float(value)
 

@@ -67,7 +67,7 @@ class Tracked:
 
     @property
     def report_to(self) -> list[str]:
-        return self.config.logging.report_to
+        return list(self.config.logging.report_to)
 
     @property
     def project(self) -> str:

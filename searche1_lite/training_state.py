@@ -67,7 +67,10 @@ class StageKeeper:
     ) -> None:
         self.every = every
         self._folder, self._stage, self._model, self._state, self._grown = folder, stage, model, state, grown
-        self.resumed_from, within = resumed if resumed is not None else (None, {})
+        self.resumed_from: Path | None = None
+        within: dict[str, Any] = {}
+        if resumed is not None:
+            self.resumed_from, within = resumed
         self.figures: dict[str, Any] = within.get("figures", {})
         """What the stage has measured so far and wants back when it is resumed."""
         self.spent: float = within.get("seconds", 0.0)
@@ -214,7 +217,8 @@ def _nested(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str,
 
 
 def _random_state() -> tuple[dict[str, torch.Tensor], Any]:
-    name, keys, position, has_gauss, gauss = numpy.random.get_state()  # noqa: NPY002 - the state others draw from
+    drawn: Any = numpy.random.get_state()  # noqa: NPY002 - the state others draw from
+    name, keys, position, has_gauss, gauss = drawn
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(numpy.int64))}
     if torch.cuda.is_available():
         tensors |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}

@@ -12,7 +12,7 @@ import pytest
 from conftest import ShelfRetriever
 
 import searche1_lite
-from searche1_lite import UserError, evaluate_policy, load_config, open_asker, train
+from searche1_lite import UserError, config_for_gpu, evaluate_policy, load_config, open_asker, train
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, SearchConfig, dump_config
 from searche1_lite.reward import Written, earned, exact_match, written_by_policy
@@ -48,6 +48,15 @@ def test_every_name_is_there_documented_typed_and_hidden_by_no_module() -> None:
 
 def test_types_of_the_settings_can_be_read_at_run_time() -> None:
     assert get_type_hints(load_config)["return"] is Config
+
+
+def test_the_settings_for_a_gpu_are_those_of_the_preset_for_its_size() -> None:
+    told: list[str] = []
+    config, preset = config_for_gpu(["seed=5"], gpu_gib=11.7, say=told.append)
+    assert preset == "qwen2.5-3b-12gb" and config == load_config(preset, overrides=["seed=5"])
+    assert told == ["preset qwen2.5-3b-12gb, by the size of the GPU; --preset names another"]
+    with pytest.raises(UserError, match="no preset is made for less than 8"):
+        config_for_gpu(gpu_gib=4)
 
 
 @pytest.fixture

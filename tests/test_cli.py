@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "jnius", "pyserini", "numpy"}
-COMMANDS = ["train", "eval", "ask", "index", "doctor", "bench", "sweep", "report", "export"]
+COMMANDS = ["train", "eval", "ask", "index", "serve-search", "doctor", "bench", "sweep", "report", "export"]
 QUESTION = '{"id": "q1", "question": "What is the capital of Peru?", "golden_answers": ["Lima"]}\n'
 ANOTHER = '{"id": "q2", "question": "What is the capital of Ecuador?", "golden_answers": ["Quito"]}\n'
 PASSAGE = '{"id": "a", "contents": "Lima\\nLima is the capital of Peru."}\n'
@@ -91,6 +91,7 @@ def test_help_loads_nothing_heavy(tmp_path: Path, words: list[str]) -> None:
     shown = console(tmp_path, *words, "--help")
     assert shown.code == 0 and shown.stderr == ""
     assert all(word in shown.stdout for word in (words or COMMANDS))
+    assert f"Example: searche1-lite {words[0] if words else 'train'} " in shown.stdout
     assert "typer" in shown.imported and not shown.imported & HEAVY
 
 

@@ -16,7 +16,7 @@ import copy
 import tempfile
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -59,7 +59,7 @@ def cut_turn(ids: Sequence[int], budget: int, stops: Sequence[int], ends: frozen
     """The turn in what a row wrote: up to its first stop or its budget. No log-probs: `generate` keeps none."""
     length = min(budget, len(ids), next((at + 1 for at, index in enumerate(ids) if index in stops), len(ids)))
     turn = list(ids[:length])
-    ended = "eos" if turn[-1] in ends else "tag" if turn[-1] in stops else "budget"
+    ended: Literal["tag", "eos", "budget"] = "eos" if turn[-1] in ends else "tag" if turn[-1] in stops else "budget"
     return SampledTurn(turn, [0.0] * length, ended)
 
 
@@ -229,16 +229,16 @@ class ToolLoop(GRPOTrainer):
         """`n` episodes a question, all side by side, as TRL generates one batch for training."""
         episodes = new_episodes(episode, questions, n, self._protocol)
         self._rows = [_Row(one, retriever, k) for one in episodes]
-        self._writing, self._waiting = deque(self._rows), deque()
+        self._writing, self._waiting = deque(self._rows), deque[_Row]()
         # TRL makes these in `_generate_and_score_completions`, from the same tools for every row.
         self._sync_tool_dicts = [{"search": row.search, "correct": str} for row in self._rows]
-        self._async_tool_dicts = [{} for _ in self._rows]
+        self._async_tool_dicts: list[dict[str, Any]] = [{} for _ in self._rows]
         asked = [one.trajectory.question.question for one in episodes]
         with compute_context(self.model):
             self._generate([[{"role": "user", "content": question}] for question in asked])
         return [one.finish() for one in episodes]
 
-    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [list(row.episode.trajectory.prompt_ids) for row in self._rows], None, {}
 
     def _parse_turn(self, ids: list[int], **_: Any) -> dict[str, Any]:
@@ -251,7 +251,7 @@ class ToolLoop(GRPOTrainer):
             message["tool_calls"] = [{"type": "function", "function": call}]
         return message
 
-    def _get_tool_suffix_ids(self, tool_messages: list) -> list[int]:
+    def _get_tool_suffix_ids(self, tool_messages: list[Any]) -> list[int]:
         """The environment's text; where the episode ends without an answer, one that TRL drops as too long."""
         row = self._waiting.popleft()
         ids = row.reply()

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from searche1_lite.config import Config, load_config
 from searche1_lite.errors import UserError
@@ -46,7 +46,7 @@ def measure_memory(
     from searche1_lite.memory import plan_memory
     from searche1_lite.search.index import cache_folder
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
     if cap_gb is not None and device == "cpu":
         raise UserError("--cap-gb is for a GPU, and there is none here; leave it out")
     own = config is not None
@@ -56,7 +56,7 @@ def measure_memory(
     if device == "cuda":
         capacity = min(gpu_capacity(), int((cap_gb or 1e6) * 1e9))
     plan = plan_memory(config, shape, device, capacity=capacity)
-    shadow = "always" if "shadow weights" in plan.stages["rollout"] else "never"
+    shadow: Literal["always", "never"] = "always" if "shadow weights" in plan.stages["rollout"] else "never"
     config = replace(config, engine=replace(config.engine, shadow=shadow))  # what is planned is what is measured
     memory: dict[str, Any] = {"workload": config.model.name if own else f"standard ({shape.model_type})"}
     cache_folder().mkdir(parents=True, exist_ok=True)  # /tmp may lie in memory

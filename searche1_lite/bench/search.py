@@ -71,11 +71,11 @@ def compare(
                 answers[name] = search(batch)
                 seconds[name].append(time.perf_counter() - began)
             alike += [one == other for one, other in zip(*answers.values(), strict=True)]
-        part = {"queries": size * len(batches)} | {name: _figures(taken, size) for name, taken in seconds.items()}
+        part: dict[str, Any] = {name: _figures(taken, size) for name, taken in seconds.items()}
         for figure in ("qps", "p50_ms", "p99_ms"):
             ratio = part["ours"][figure] / part["pyserini"][figure]
             part[f"{figure.removesuffix('_ms')}_vs_pyserini"] = round(ratio, 3)
-        found[f"batch_{size}"] = part
+        found[f"batch_{size}"] = {"queries": size * len(batches)} | part
     found["same_results"] = round(sum(alike) / len(alike), 4)
     again = []
     for _ in range(5):

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from searche1_lite.config import ProtocolConfig, load_config
-from searche1_lite.demo.habits import Episode, choose_as, choose_by_habit, choose_well, play, write_episode
+from searche1_lite.demo.habits import Decide, Episode, choose_as, choose_by_habit, choose_well, play, write_episode
 from searche1_lite.demo.tokenizer import build_tokenizer
 from searche1_lite.demo.world import DEMO_WORLD_SEED, World, write_corpus
 from searche1_lite.protocol import Protocol
@@ -88,7 +89,7 @@ def _as_trajectory(question: str, ids: list[int], by_model: list[bool]) -> Traje
     return Trajectory(Question("", question, [""]), 0, [], ids, [int(flag) for flag in by_model], [], [], "answer")
 
 
-class EpisodeBatches(IterableDataset):
+class EpisodeBatches(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     """Endless batches of scripted episodes: `(ids, weights)`, both (B, T), padded on the right with weight 0."""
 
     def __init__(self, build: BuildConfig, protocol: ProtocolConfig) -> None:
@@ -139,6 +140,7 @@ class EpisodeBatches(IterableDataset):
             rows: list[tuple[list[int], list[float]]] = []
             privileged = [c for c in chains if not plain_only and rng.random() < build.privileged_share]
             plain = [chain for chain in chains if chain not in privileged] if privileged else chains
+            decide: Decide
             if easy:
                 decide = choose_well
             elif skilled:
@@ -175,7 +177,7 @@ class EpisodeBatches(IterableDataset):
         return rows
 
 
-def build_model(build: BuildConfig, vocabulary_size: int) -> torch.nn.Module:
+def build_model(build: BuildConfig, vocabulary_size: int) -> PreTrainedModel:
     """The untrained network."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -194,7 +196,7 @@ def build_model(build: BuildConfig, vocabulary_size: int) -> torch.nn.Module:
     return Qwen2ForCausalLM(config)
 
 
-def weighted_loss(model: torch.nn.Module, ids: torch.Tensor, weights: torch.Tensor, normaliser: float) -> torch.Tensor:
+def weighted_loss(model: PreTrainedModel, ids: torch.Tensor, weights: torch.Tensor, normaliser: float) -> torch.Tensor:
     """Cross-entropy of `ids` (B, T) weighted by `weights` (B, T), over a constant.
 
     A constant, not the batch's own count: batches are sorted by length, and a mean would favour the short guesses.
@@ -245,7 +247,14 @@ def train(build: BuildConfig, out: Path, device: str) -> None:
     _save(model, tokenizer, build, out, time.monotonic() - started, build.steps)
 
 
-def _save(model: torch.nn.Module, tokenizer, build: BuildConfig, out: Path, seconds: float, steps: int) -> None:  # noqa: ANN001
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    build: BuildConfig,
+    out: Path,
+    seconds: float,
+    steps: int,
+) -> None:
     staging = out.with_name(out.name + ".staging")
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)

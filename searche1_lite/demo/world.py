@@ -162,14 +162,14 @@ class World:
         while any(wanted.values()):
             hops = rng.choices(list(HOP_SHARES), weights=list(HOP_SHARES.values()))[0]
             chain = self.draw_chain(rng, hops)
-            split = owner.get((chain.names[-2], chain.relations[-1]))
-            if split is None or not wanted[split, hops] or chain.question in seen:
+            drawn = owner.get((chain.names[-2], chain.relations[-1]))
+            if drawn is None or not wanted[drawn, hops] or chain.question in seen:
                 continue
             seen.add(chain.question)
-            wanted[split, hops] -= 1
-            splits[split].append(
+            wanted[drawn, hops] -= 1
+            splits[drawn].append(
                 Question(
-                    id=f"{split}-{len(splits[split])}",
+                    id=f"{drawn}-{len(splits[drawn])}",
                     question=chain.question,
                     golden_answers=[chain.answer],
                     metadata={"hops": hops, "path": list(chain.names)},

@@ -47,7 +47,9 @@ def _facts(run: RunRecord) -> dict[str, object]:
         found = summary.get(part)
         if isinstance(found, dict) and found.get("data") is not None:
             return f"{found['data']} ({found.get('n', '?')} questions)"
-        return config and getattr(config.data, {"training": "train", "evaluation": "evaluation"}[part])
+        if config is None:
+            return None
+        return config.data.train if part == "training" else config.data.evaluation
 
     return {
         "model": summary.get("model", config and config.model.name),

@@ -118,13 +118,16 @@ def lines_by_stage(
 
 
 def searches_chart(stages: list[dict[str, Any]]) -> Chart | None:
-    series = {"a question": ("searches_per_question",), "per right answer": ("searches_per_correct",)}
+    series: dict[str, tuple[str, ...]] = {
+        "a question": ("searches_per_question",),
+        "per right answer": ("searches_per_correct",),
+    }
     return lines_by_stage("searches", "Searches by stage", stages, series)
 
 
 def hops_chart(stages: list[dict[str, Any]]) -> Chart | None:
     hops = sorted({h for s in stages if isinstance(s.get("em_by_hops"), dict) for h in s["em_by_hops"]})[:6]
-    series = {f"{h} hop{'' if h == '1' else 's'}": ("em_by_hops", h) for h in hops}
+    series: dict[str, tuple[str, ...]] = {f"{h} hop{'' if h == '1' else 's'}": ("em_by_hops", h) for h in hops}
     return lines_by_stage("hops", "Exact match by hops", stages, series, "{:.3f}", top=1.04)
 
 

@@ -106,10 +106,10 @@ def read_trajectories(folder: Path, budget: int = BUDGET) -> Trajectories:
                 found.groups.append(_entry(question, index, visit, rows, mean) | packer.add(question, group))
         if not found.kl_by_part.get(stage):
             found.kl_by_part.pop(stage, None)
-    for group in asked.values():
-        question = group[0][1]["question"]
-        rows = [[index, r["reward"], len(r["searches"])] for index, r in group]
-        records = [record | {"file": index} for index, record in group]
+    for alike in asked.values():
+        question = alike[0][1]["question"]
+        rows = [[index, r["reward"], len(r["searches"])] for index, r in alike]
+        records = [record | {"file": index} for index, record in alike]
         found.groups.append(_entry(question, None, 0, rows, None) | packer.add(question, records))
     found.chunks = packer.finish()
     shown, total = sum(len(group["rows"]) for group in found.groups), sum(file.total for file in found.files)
@@ -214,7 +214,7 @@ def _read_kl(lines: Lines) -> _TrajectoryKL:
     kl: _TrajectoryKL = {}
     for record in lines:
         try:
-            turns = [
+            turns: list[list[list[Any]]] = [
                 [
                     [str(piece) for piece in turn["pieces"]],
                     [_rounded(value) for value in turn["kl"]],

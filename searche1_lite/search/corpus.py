@@ -118,7 +118,8 @@ def _check_folder(corpus: Path, words: int, advance: Callable[[int], None]) -> C
 
 
 def _check_file(corpus: Path, advance: Callable[[int], None]) -> CheckedCorpus:
-    digest, hashes, named = hashlib.sha256(), array("q"), []
+    digest, hashes = hashlib.sha256(), array("q")
+    named: list[str] = []
     faults = 0
 
     def on_bytes(data: memoryview) -> None:
@@ -142,7 +143,7 @@ def _check_file(corpus: Path, advance: Callable[[int], None]) -> CheckedCorpus:
     return CheckedCorpus(digest.hexdigest(), count, faults, tuple(named))
 
 
-def _refuse_repeated_ids(corpus: Path, hashes: array) -> None:
+def _refuse_repeated_ids(corpus: Path, hashes: "array[int]") -> None:
     """Finds equal 64-bit hashes first, so that 21 million ids need 168 MB, and looks again at those lines only."""
     import numpy
 
@@ -240,7 +241,7 @@ def is_gzip(path: Path) -> bool:
 def open_corpus(corpus: Path, on_bytes: Callable[[memoryview], None]) -> BinaryIO:
     """The content of a file, unpacked if it is gzip; `on_bytes` sees the bytes as they lie on disk."""
     raw = io.BufferedReader(_Watched(corpus, on_bytes), 2**20)
-    return io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**20) if is_gzip(corpus) else raw  # type: ignore[arg-type]
+    return io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**20) if is_gzip(corpus) else raw
 
 
 def _stamp(corpus: Path) -> tuple[str, float]:

@@ -23,7 +23,7 @@ class Counters:
     workers: int = 1
     row: int = 0
     file: IO[bytes] | None = None
-    _numbers: memoryview = field(init=False, repr=False)
+    _numbers: "memoryview[float]" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         size = self.workers * len(_COUNTED) * _NUMBER

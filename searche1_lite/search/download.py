@@ -142,7 +142,8 @@ def unpack(archive: Path, out: Path, progress: Progress = SILENT) -> None:
                 tar.extractall(staging, filter="data")
         folders = [path for path in staging.iterdir() if path.is_dir() and not path.is_symlink()]
         if len(folders) != 1:
-            raise UserError(f"{archive} holds {len(folders)} folders where an index is one; delete it", exit_code=1)
+            problem = f"{archive} holds {len(folders)} folders where an index is one"
+            raise UserError(f"{problem}; delete it and run it again", exit_code=1)
         folders[0].rename(out)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{archive} cannot be unpacked ({error}); delete it and run it again", exit_code=1) from error

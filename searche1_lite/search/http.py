@@ -98,7 +98,7 @@ class HTTPRetriever:
         self._loop = asyncio.new_event_loop()
         token = token or os.environ.get(TOKEN_VARIABLE)
         if token and not (token.isascii() and token.isprintable()):
-            raise UserError(f"the token in {TOKEN_VARIABLE} must be printable ASCII")
+            raise UserError(f"the token in {TOKEN_VARIABLE} must be printable ASCII; give another")
         self._client = httpx2.AsyncClient(
             headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {}),
             timeout=None,  # a try as a whole is timed: a server can be slow byte by byte

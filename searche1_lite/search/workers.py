@@ -118,7 +118,8 @@ class _Workers:
     def _await(self, worker: _Worker) -> None:
         assert worker.process.stdout is not None
         if not worker.process.stdout.readline():
-            raise UserError(f"a search worker did not start ({_ended(worker.process.wait())}); see above", exit_code=1)
+            ended = _ended(worker.process.wait())
+            raise UserError(f"a search worker did not start ({ended}); see above, and try --workers 1", exit_code=1)
 
     def _replace_dead(self) -> None:
         for place, worker in enumerate(self._workers):
@@ -128,7 +129,8 @@ class _Workers:
             self._deaths.append(now := time.monotonic())
             what = f"search worker {worker.row + 1} (process {worker.process.pid}) {_ended(code)}"
             if len(self._deaths) == _DEATHS and now - self._deaths[0] < _WITHIN:
-                raise UserError(f"{what}, the {_DEATHS}th in {_WITHIN:g} s; is there memory for all?", exit_code=1)
+                often = f"the {_DEATHS}th in {_WITHIN:g} s"
+                raise UserError(f"{what}, {often}; give fewer --workers if memory is short", exit_code=1)
             say_on_stderr(f"{what}; another one takes its place")
             _close(worker)
             self._workers[place] = self._start(worker.row)

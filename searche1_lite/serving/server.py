@@ -89,11 +89,11 @@ class GuardedServer(uvicorn.Server):
         on_start: Callable[[str], None] | None = None,
         on_stop: Callable[[], None] | None = None,
     ) -> None:
-        limits = limits or Limits()
+        bounds = limits or Limits()
 
         class Protocol(TimedProtocol):
             def __init__(self, *args: Any, **kwargs: Any) -> None:
-                super().__init__(limits, *args, **kwargs)
+                super().__init__(bounds, *args, **kwargs)
 
         super().__init__(
             uvicorn.Config(

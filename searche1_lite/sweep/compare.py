@@ -42,7 +42,7 @@ def compare(
         `runs`.
     """
     done = {name: {o.seed: o for o in outcomes if o.variant == name and o.state == "done"} for name in variants}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in variants:
         runs = list(done[name].values())
         shared = [seed for seed in done[name] if seed in done[baseline]]
@@ -56,10 +56,10 @@ def compare(
                 "em_mean": _mean([run.em for run in runs]),
                 "em_ci95": t_interval([run.em for run in runs if run.em is not None]),
                 "searches_mean": _mean([run.searches for run in runs]),
-                "em_diff": _mean([ours.em - theirs.em for ours, theirs in pairs]),
+                "em_diff": _mean([_difference(ours.em, theirs.em) for ours, theirs in pairs]),
                 "p_value": p_value,
                 "p_test": p_test,
-                "searches_diff": _mean([ours.searches - theirs.searches for ours, theirs in pairs]),
+                "searches_diff": _mean([_difference(ours.searches, theirs.searches) for ours, theirs in pairs]),
                 "searches_p": None if name == baseline else _t_test([(o.searches, t.searches) for o, t in pairs]),
                 "seconds": _mean([run.seconds for run in runs]),
                 "updates": _mean([run.updates for run in runs]),
@@ -127,6 +127,10 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         highest = max(highest, min(1.0, p * (len(known) - rank)))
         adjusted[index] = highest
     return adjusted
+
+
+def _difference(ours: float | None, theirs: float | None) -> float | None:
+    return None if ours is None or theirs is None else ours - theirs
 
 
 def _mean(values: Sequence[Any]) -> float | None:

@@ -103,7 +103,12 @@ def load_plan(file: Path, overrides: Sequence[str] = (), seeds: Sequence[int] = 
             raise UserError(f"{file}, variant {name}: {error}") from error
         runs.append(PlannedRun(name, seed, settled, Path("runs") / name / f"seed-{seed}"))
     _check_different(file, runs)
-    return Plan(file.stem.strip(".") or "sweep", titles, baseline, chosen, runs)
+    return Plan(sweep_name(file), titles, baseline, chosen, runs)
+
+
+def sweep_name(file: Path) -> str:
+    """What a sweep is called, by its file."""
+    return file.stem.strip(".") or "sweep"
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -76,12 +76,12 @@ def _do(sweep: "_Sweep", folder: Path, jobs: int, stop: Stop) -> dict[str, Any]:
             for slot in set(range(jobs)) - {slot for _, slot in at_work.values()}:
                 if (planned := sweep.next_run()) is not None:
                     sweep.begin(planned)
-                    work = (_run, planned, folder, sweep.donor(planned), jobs > 1)
+                    work = (planned, folder, sweep.donor(planned), jobs > 1)
                     try:
-                        task = workers[slot].submit(*work)
+                        task = workers[slot].submit(_run, *work)
                     except BrokenProcessPool:  # it died while it had nothing to do
                         workers[slot] = _worker(jobs)
-                        task = workers[slot].submit(*work)
+                        task = workers[slot].submit(_run, *work)
                     at_work[task] = planned, slot
             if not at_work:
                 return sweep.keep()
