@@ -378,7 +378,7 @@ def test_damaged_weights_are_refused_and_leave_nothing(run_folder: Path, tmp_pat
     shutil.copytree(run_folder / "checkpoints" / STAGES[-1], source)
     content = (source / "adapter_model.safetensors").read_bytes()
     (source / "adapter_model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="adapter_model.safetensors is damaged"):
+    with pytest.raises(UserError, match="adapter_model.safetensors has .* of its .* bytes"):
         export_policy(source, tmp_path / "out", say=lambda line: None)
     assert os.listdir(tmp_path) == ["adapter"]
 

@@ -52,6 +52,7 @@ KEYS = {
     "stage", "round", "step", "loss", "reward", "em", "kl", "grad_norm", "zero_std_fraction", "searches", "tokens",
     "tokens_per_second", "rollout_seconds", "learning_rate", "seconds", "skipped_groups", "sampling_logprob_difference",
     "skipped", "unanswered_rate", "invalid_rate", "no_search_rate", "repetition", "all_wrong_fraction",
+    "failed_searches",
 }  # fmt: skip
 
 

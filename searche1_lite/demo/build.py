@@ -36,8 +36,8 @@ from searche1_lite.trajectory import Question, Trajectory
 POLICY_FOLDER = Path(__file__).parent / "policy"
 METADATA_FILE = "build.json"
 """Beside the weights: the `BuildConfig` that made them, and what was measured."""
-BASELINE_TEMPLATES = ("direct_template", "rag_template")
-"""Prompts that only an evaluation's baselines use."""
+NEVER_SHOWN = ("direct_template", "rag_template", "search_failed_message")
+"""Settings that the policy is not built with: an evaluation's baselines use them, or a search engine that fails."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def demo_protocol_config() -> ProtocolConfig:
 
 def pretrained_protocol() -> dict[str, Any]:
     """The settings of `demo_protocol_config` that shape the policy."""
-    return {key: value for key, value in asdict(demo_protocol_config()).items() if key not in BASELINE_TEMPLATES}
+    return {key: value for key, value in asdict(demo_protocol_config()).items() if key not in NEVER_SHOWN}
 
 
 def _as_trajectory(question: str, ids: list[int], by_model: list[bool]) -> Trajectory:
