@@ -101,6 +101,9 @@ class StepReporter(TrainerCallback):
         self._began = time.monotonic()
         self.steps = 0 if keeper is None else keeper.steps  # a stage that was stopped after its last step has no more
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.save_steps = args.save_steps  # as it is set now, not as it was where a resumed stage was stopped
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.monotonic()
 

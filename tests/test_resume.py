@@ -110,6 +110,12 @@ def results(path: Path) -> dict[str, Any]:
     return found
 
 
+def optimizers(path: Path) -> dict[str, bytes]:
+    """The optimizer's state after each step that was kept."""
+    files = sorted((path / "checkpoints").glob("*.step-*/optimizer.safetensors"))
+    return {file.parent.name: file.read_bytes() for file in files}
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -144,7 +150,13 @@ def test_a_run_stopped_anywhere_and_resumed_comes_to_the_same_end_bit_for_bit(
     whole, points = unbroken
     config = load_config("demo", None, [*SETTINGS, "checkpoint.every_steps=0"])
     done = play(tmp_path / "run", config, monkeypatch, stop_at=(task, int(place * points.count(task)) + 1))
+    config = load_config("demo", None, [*SETTINGS, "checkpoint.every_steps=1"])
     again = play(tmp_path / "run", config, monkeypatch)
     assert results(tmp_path / "run") == results(whole)
+    kept = optimizers(tmp_path / "run")
+    there = optimizers(whole)
+    common = kept.keys() & there.keys()
+    assert common or task == "round1.ofsd: evaluate"
+    assert all(kept[step] == there[step] for step in common)
     assert done[-1] == task
     assert len(again) < len(points) or task == "base: evaluate", "what was done is not done again"
