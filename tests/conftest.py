@@ -1,6 +1,7 @@
 """Real parts, made small: a random Qwen2 policy in NF4 with LoRA, and a retriever over a handful of passages."""
 
 import math
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ TAGS = [f"<{slash}{name}>" for name in ("think", "search", "information", "answe
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background; children would ignore Ctrl-C too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:

@@ -157,8 +157,6 @@ def test_ctrl_c_and_sigterm_keep_the_steps_done_and_say_how_to_go_on(folder: Pat
             cwd=folder,
             stderr=subprocess.PIPE,
             text=True,
-            # These tests may run in a shell's background, where Ctrl-C is ignored, by children too.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         while steps_told(run) < at:
             assert process.poll() is None, process.stderr and process.stderr.read()
