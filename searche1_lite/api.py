@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from searche1_lite.config import Config, default_preset, load_config
+from searche1_lite.distributed import check_alone, check_share, is_launched
 from searche1_lite.errors import UserError
 from searche1_lite.quiet import quieten
 from searche1_lite.search.progress import SILENT, Progress, say_on_stderr
@@ -93,6 +94,7 @@ def train(
 
     check_trackers(config.logging)
     _prepare_process()
+    check_share(config)
     questions = load_run_questions(config, say)  # faulty files are refused before a folder is made
     folder = RunFolder(Path(out), config, resume)
     folder.claim()
@@ -167,7 +169,7 @@ def evaluate_policy(
         folder = EvaluationFolder(Path(out), config, asked | own, questions, resume)
         if (kept := folder.result()) is not None:
             return kept
-    _prepare_process()
+    _prepare_process("an evaluation")
     retriever = retriever_for(chosen) or retriever or _open(config, yes, progress, say)
     if quiet:
         quieten()
@@ -215,7 +217,7 @@ def open_asker(
     adapter = None if adapter is None else Path(adapter)
     if adapter:
         check_adapter_folder(adapter)
-    _prepare_process()
+    _prepare_process("asking")
 
     def open_search() -> "Retriever":
         return retriever or _open(config, yes, progress, say)
@@ -340,7 +342,7 @@ def run_sweep(
     from searche1_lite.tracking import check_trackers
 
     plan = load_plan(Path(file), overrides, seeds)
-    _prepare_process()
+    _prepare_process("a sweep")
     # Faults that all runs have in common are told once, and what they download is fetched once.
     for alike in {repr((run.config.data, run.config.grpo)): run.config for run in plan.runs}.values():
         load_run_questions(alike, say)
@@ -368,16 +370,28 @@ def _open(config: Config, yes: Agree, progress: Progress, say: Say) -> "Retrieve
     return open_retriever(config.search, confirm=confirm, progress=progress, say=say)
 
 
-def _prepare_process() -> None:
-    """What has to be so before PyTorch looks at the GPUs; refuses several of them.
+def _prepare_process(alone: str | None = None) -> None:
+    """What has to be so before PyTorch looks at the GPUs; refuses several of them for one process.
 
     With several in sight TRL would spread batches over them.
+
+    Args:
+        alone: what is done, if it is not for several processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or "," in os.environ.get("CUDA_VISIBLE_DEVICES", ""):
-        raise UserError("a run is for one GPU; set CUDA_VISIBLE_DEVICES to one of them, and start one process")
+    launched = is_launched()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "," in os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if several and not launched:
+        raise UserError(
+            "a run is for one GPU; set CUDA_VISIBLE_DEVICES to one of them, or start a process for each with "
+            "`accelerate launch -m searche1_lite train ...`"
+        )
+    if alone is not None:
+        check_alone(alone)
     if sys.platform == "linux":
         # The KV cache grows token by token; without this, the memory it leaves behind is too small for what comes.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if launched:
+        return  # each process has a GPU of its own
     if "torch" not in sys.modules:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
         return

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from searche1_lite.config import Config, dump_config, load_config, what_counts
+from searche1_lite.distributed import is_first
 from searche1_lite.errors import UserError
 from searche1_lite.schedule import best_stage
 from searche1_lite.sealed_folder import (
@@ -74,7 +75,7 @@ class RunFolder:
         Raises:
             UserError: if another one is at it.
         """
-        if self._lock is not None or not self.path.is_dir():
+        if self._lock is not None or not self.path.is_dir() or not is_first():
             return
         lock = FileLock(self.path / _LOCK, blocking=False)
         try:

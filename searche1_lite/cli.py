@@ -69,6 +69,11 @@ def train(
         else:
             _say("interrupted before the first stage; the same command begins again")
         raise typer.Exit(getattr(error, "exit_code", 130)) from None
+    from searche1_lite.distributed import is_first, leave
+
+    leave()
+    if not is_first():
+        return
     from searche1_lite.console import stage_table
 
     _show(summary, False, stage_table)
@@ -408,7 +413,10 @@ def _show(found: dict[str, Any], as_json: bool, tables: Callable[[dict[str, Any]
 
 
 def _say(line: str) -> None:
-    typer.echo(line, err=True)
+    from searche1_lite.distributed import is_first
+
+    if is_first():  # of several processes
+        typer.echo(line, err=True)
 
 
 def _write_report(folder: Path) -> None:
@@ -439,5 +447,9 @@ def main() -> None:
         if found is None or os.environ.get("SEARCHE1_LITE_DEBUG"):
             raise
         message, exit_code = found
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        if not (isinstance(error, UserError) and error.told_elsewhere):
+            from searche1_lite.distributed import is_first, rank
+
+            place = "" if is_first() else f"process {rank()}: "
+            print(f"error: {place}{' '.join(message.split())}", file=sys.stderr)
         sys.exit(exit_code)

@@ -13,17 +13,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from searche1_lite.distributed import is_first
 from searche1_lite.errors import UserError
 
 
 class RichTasks:
     """A `Progress` that draws bars with the time left, or writes a line for what is done where no one watches.
 
-    Silent when `quiet`.
+    Silent when `quiet`, and in all but the first of several processes.
     """
 
     def __init__(self, quiet: bool = False) -> None:
-        self._console = Console(stderr=True, quiet=quiet)
+        self._console = Console(stderr=True, quiet=quiet or not is_first())
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -11,6 +11,9 @@ class UserError(Exception):
         exit_code: 2 for wrong usage (bad config, missing file), 1 for a failure while running.
     """
 
+    told_elsewhere = False
+    """Does another process tell the user of it?"""
+
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = exit_code

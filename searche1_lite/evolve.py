@@ -21,10 +21,21 @@ from searche1_lite.benchmarks import load_run_questions
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config
 from searche1_lite.diagnostics import WATCHED, watch
+from searche1_lite.distributed import (
+    agreeing,
+    from_first,
+    gather,
+    is_first,
+    join,
+    shared_folder,
+    telling_of_losses,
+    wait_for_all,
+)
 from searche1_lite.divergence import try_losses
 from searche1_lite.errors import UserError
 from searche1_lite.evaluate import evaluate
 from searche1_lite.grpo import OnStep, train_grpo
+from searche1_lite.interrupt import Interrupted
 from searche1_lite.loaded_run import Run
 from searche1_lite.model import load_adapter_weights
 from searche1_lite.ofsd import ofsd_steps, train_ofsd
@@ -33,7 +44,7 @@ from searche1_lite.reward import Reward, reward_name
 from searche1_lite.samples import is_due
 from searche1_lite.schedule import Stage, best_stage, next_stage
 from searche1_lite.search.base import Retriever
-from searche1_lite.search.progress import Progress, say_on_stderr
+from searche1_lite.search.progress import SILENT, Progress, say_on_stderr
 from searche1_lite.seeding import derive_seed
 from searche1_lite.tracking import Tracked, check_trackers, report_evaluations
 from searche1_lite.training_state import Resumed
@@ -50,6 +61,8 @@ def run(
 ) -> dict[str, Any]:
     """A whole run, from where `folder` is; returns the summary that it also keeps in `summary.json`.
 
+    Several processes run it together, if `accelerate launch` started them: see `distributed.py`.
+
     Args:
         questions: what `load_run_questions(config)` gave, if it was called already.
         retriever: searched in the place of what `config.search` names.
@@ -60,7 +73,13 @@ def run(
         UserError: for what can be mended; so is then what was done.
     """
     try:
-        return _run(config, folder, progress, questions, retriever, reward)
+        with telling_of_losses():
+            join(config)
+            shown = progress if is_first() else SILENT
+            return _run(config, shared_folder(folder), shown, questions, retriever, reward)
+    except Interrupted:
+        wait_for_all()  # before the first one ends: a launcher ends the others then, whatever they are at
+        raise
     finally:
         folder.release()
 
@@ -91,7 +110,8 @@ def _run(
 
     def keep(name: str, seconds: float, figures: dict[str, Any]) -> None:
         """Saves the policy as the stage `name` left it, before anything else can go wrong, then evaluates it."""
-        stage = {"name": name, "seconds": round(seconds, 1), "peak_memory_mb": peak_memory_mb(), **figures}
+        peak = max(gather([peak_memory_mb()]))
+        stage = from_first(lambda: {"name": name, "seconds": round(seconds, 1), "peak_memory_mb": peak, **figures})
         folder.save_checkpoint(
             name, work.model, summary | {"unevaluated": stage, "metrics_size": folder.metrics_size()}
         )
@@ -209,7 +229,8 @@ def _run_ofsd(
     if resumed is None:
         began = time.monotonic()
         privilege = compare_teacher(work, pairs, f"round{index}: teacher", (config.seed, "teacher", index))
-        kl, token_records = watch(work.model, work.protocol, rollouts, pairs, config, work.stop)
+        with agreeing(work.stop):
+            kl, token_records = watch(work.model, work.protocol, rollouts, pairs, config, work.stop)
         folder.save_trajectories(f"{name}.kl", token_records)
         diagnostics = round(time.monotonic() - began, 1)
         figures = {"pairs": counts, "privilege": privilege, "kl": kl, "diagnostic_seconds": diagnostics}

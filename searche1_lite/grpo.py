@@ -22,6 +22,19 @@ from trl import GRPOConfig, GRPOTrainer
 from searche1_lite.benchmarks import check_enough
 from searche1_lite.collapse import CollapseWatch, step_figures
 from searche1_lite.config import Config
+from searche1_lite.distributed import (
+    agreeing,
+    average,
+    average_gradients,
+    by_itself,
+    from_first,
+    gather,
+    hand_over,
+    merged,
+    rank,
+    uses_deepspeed,
+    world_size,
+)
 from searche1_lite.guard import UpdateGuard, finite_or_none
 from searche1_lite.interrupt import Stop
 from searche1_lite.logprobs import completion_hidden, token_logprobs
@@ -53,7 +66,7 @@ def trainer_arguments(
     tracked: Tracked | None = None,
     keeper: StageKeeper | None = None,
 ) -> dict[str, Any]:
-    """Arguments that both stages' trainers share: one process, a constant rate after warm-up."""
+    """Arguments that both stages' trainers share: a constant rate after warm-up, the order of the data as it is."""
     return {
         "output_dir": str(output_dir),
         "seed": seed % 2**31,
@@ -63,10 +76,12 @@ def trainer_arguments(
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # asks the GPU at every step what `UpdateGuard` knows
         "disable_tqdm": True,
+        "log_level_replica": "error",
         "remove_unused_columns": False,
         "gradient_checkpointing": config.model.gradient_checkpointing,
         "use_cpu": model.device.type == "cpu",
-        "bf16": compute_dtype(model.device) == torch.bfloat16,
+        # DeepSpeed would take it for an order to round the adapter; passes compute in bf16 by `compute_context` anyway.
+        "bf16": compute_dtype(model.device) == torch.bfloat16 and not uses_deepspeed(),
         "dataloader_pin_memory": model.device.type != "cpu",
         "temperature": config.engine.temperature,
         "max_completion_length": config.protocol.max_completion_tokens,
@@ -109,7 +124,8 @@ class StepReporter(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.steps = state.global_step
-        late = self._deadline is not None and time.monotonic() >= self._deadline
+        deadline = self._deadline
+        late = deadline is not None and from_first(lambda: time.monotonic() >= deadline)
         if late or (self._limit is not None and self.steps >= self._limit):
             control.should_training_stop = True
 
@@ -156,7 +172,7 @@ class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
             # TRL takes an episode that ends with `</answer>`, and not with EOS, for one that was cut off.
             self._metrics["train"].pop(f"completions/{name}", None)
         trained = (batch["advantages"].view(-1, self.num_generations) != 0).any(dim=1)
-        self._metrics["train"]["skipped_groups"].append(int((~trained).sum()))
+        self._metrics["train"]["skipped_groups"].append(sum(gather([int((~trained).sum())])))
         batch["trained"] = trained.repeat_interleave(self.num_generations)
         return batch
 
@@ -166,6 +182,7 @@ class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
         If every group is skipped, there is no gradient, and the optimizer leaves weights and momentum as they are.
         """
         model.train()
+        policy = self.accelerator.unwrap_model(model)
         inputs = self._prepare_inputs(inputs)
         self._step += 1
         # A rollout without a token of the model's has nothing to be trained on, whatever it earned.
@@ -176,16 +193,26 @@ class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
         lengths = inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=1)
         sizes = lengths[trained].tolist()
 
-        def passes(budget: int) -> torch.Tensor:
+        def passes(budget: int) -> tuple[torch.Tensor, dict[str, float], int]:
             self._guard.forget()
-            return self._passes(model, inputs, [trained[batch] for batch in micro_batches(sizes, budget)])
+            return self._passes(policy, inputs, [trained[batch] for batch in micro_batches(sizes, budget)])
 
-        total = in_smaller_passes(self.passes, sizes, model, passes, "a GRPO step")
+        with agreeing(self._stop), by_itself(self.accelerator, policy):
+            total, sums, tokens = in_smaller_passes(self.passes, sizes, policy, passes, "a GRPO step")
+        average_gradients(policy)
+        hand_over(self.accelerator, policy)
+        total = average(total)
+        sums, tokens = merged(gather([(sums, tokens)]))
+        for name, value in sums.items():
+            self._metrics["train"][name].append(value / max(1, tokens))
         self._guard.see("loss", total)
         return total.nan_to_num(0.0, 0.0, 0.0)  # it would spoil the loss of every later step in the log
 
-    def _passes(self, model: Any, inputs: dict[str, Any], batches: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The loss of these batches of rows, their gradient, and their figures among TRL's."""
+    def _passes(
+        self, model: Any, inputs: dict[str, Any], batches: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, float], int]:
+        """The loss of these batches of rows, and their gradient; of TRL's figures, each one's sum over the tokens that
+        were trained on, and the number of those."""
         rows = len(inputs["prompt_mask"])
         total = torch.zeros((), device=inputs["prompt_mask"].device)
         figures, sums, tokens = self._metrics["train"], defaultdict[str, float](float), 0
@@ -204,9 +231,7 @@ class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
                     sums[name] += size * sum(values)
         finally:
             self._metrics["train"] = figures
-        for name, value in sums.items():
-            figures[name].append(value / max(1, tokens))
-        return total
+        return total, sums, tokens
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's loss of one micro-batch, after the reference's pass over it."""
@@ -293,7 +318,7 @@ def train_grpo(
         UserError: if there are fewer questions than one step takes, or update after update has to be skipped.
         Interrupted: if it was stopped.
     """
-    stage = config.grpo
+    stage, stop = config.grpo, stop or Stop()
     if stage.steps == 0:
         return {"steps": 0, "rollout_seconds": 0.0}
     check_enough(questions, stage)
@@ -309,7 +334,10 @@ def train_grpo(
         asked = [questions[int(key)] for key in prompts[::size]]
         if len(prompts) % size or [key for key in prompts[::size] for _ in range(size)] != list(prompts):
             raise RuntimeError("TRL no longer passes each prompt group_size times in a row; pin trl<1.17")
-        trajectories = answer(asked, size, (run_seed, "grpo", round_index, trainer.state.global_step))
+        with agreeing(stop):
+            own = answer(asked, size, (run_seed, "grpo", round_index, trainer.state.global_step))
+        trajectories = gather(own)
+        own = trajectories[rank() * len(own) :][: len(own)]
         latest["trajectories"], latest["seconds"] = trajectories, time.monotonic() - began
         figures["rollout_seconds"] += latest["seconds"]
         guard.check_rollouts(trajectories)
@@ -317,11 +345,11 @@ def train_grpo(
             on_rollouts(trajectories)
         kept = [t.logprobs for t in trajectories]
         return {
-            "prompt_ids": [t.prompt_ids for t in trajectories],
-            "completion_ids": [t.completion_ids for t in trajectories],
-            "logprobs": None if None in kept else kept,
-            "env_mask": [t.loss_mask for t in trajectories],
-            "em": [t.reward if reward is None else earned(reward, t) for t in trajectories],
+            "prompt_ids": [t.prompt_ids for t in own],
+            "completion_ids": [t.completion_ids for t in own],
+            "logprobs": None if None in kept else [t.logprobs for t in own],
+            "env_mask": [t.loss_mask for t in own],
+            "em": [t.reward if reward is None else earned(reward, t) for t in own],
         }
 
     def describe(logs: dict[str, Any]) -> dict[str, Any]:
@@ -345,7 +373,7 @@ def train_grpo(
             "learning_rate": logs.get("learning_rate"),
             **step_figures(trajectories, stage.group_size),
         }
-        return {key: finite_or_none(value) for key, value in record.items()}
+        return from_first(lambda: {key: finite_or_none(value) for key, value in record.items()})
 
     name = f"round{round_index}.grpo"
     guard, watch = UpdateGuard(name, "grpo.learning_rate"), CollapseWatch(name, config.collapse)
@@ -365,7 +393,7 @@ def train_grpo(
         beta=stage.kl_coefficient,
         num_generations=stage.group_size,
         num_iterations=1,
-        per_device_train_batch_size=stage.questions_per_step * stage.group_size,
+        per_device_train_batch_size=stage.questions_per_step // world_size() * stage.group_size,
         learning_rate=stage.learning_rate,
         warmup_steps=round(stage.warmup_ratio * stage.steps),
         max_grad_norm=stage.max_grad_norm,
@@ -382,7 +410,7 @@ def train_grpo(
                 callbacks=[reporter, guard, watch],
                 rollout_func=roll,
                 micro_batch_tokens=stage.micro_batch_tokens,
-                stop=stop or Stop(),
+                stop=stop,
                 guard=guard,
             )
         for name, parameter in model.named_parameters():

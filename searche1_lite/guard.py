@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from searche1_lite.distributed import gather
 from searche1_lite.errors import UserError
 from searche1_lite.search.progress import say_on_stderr
 from searche1_lite.trajectory import Trajectory
@@ -77,8 +78,8 @@ class UpdateGuard(TrainerCallback):
         finite = {**self._seen, "gradient": torch.nn.utils.get_total_norm(gradients).isfinite()}
         device = next(iter(finite.values())).device  # without any gradient, its norm is not on the GPU
         read = torch.stack([flag.to(device) for flag in finite.values()]).tolist()
-        fine = dict(zip(finite, read, strict=True)) | {"rollout log-probs": not self._refused}
-        self.reason = next((reason for reason in _ADVICE if not fine.get(reason, True)), None)
+        fine = gather([dict(zip(finite, read, strict=True)) | {"rollout log-probs": not self._refused}])
+        self.reason = next((r for r in _ADVICE if not all(found.get(r, True) for found in fine)), None)
         self._seen, self._refused = {}, False
         if self.reason is None:
             self._in_a_row = 0

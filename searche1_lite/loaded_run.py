@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, what_counts
+from searche1_lite.distributed import agreeing, gather, share
 from searche1_lite.engine import uses_shadow
 from searche1_lite.interrupt import Stop
 from searche1_lite.model import adapter_digest, load_policy, shadow_bytes
@@ -81,6 +82,31 @@ class Run:
             **how,
         )
 
+    def answer_shared(
+        self,
+        questions: Sequence[Question],
+        n: int,
+        seed_parts: Sequence[int | str],
+        *,
+        prompts: Sequence[list[int]] | None = None,
+        on_progress: Callable[[int], None],
+        **how: Any,
+    ) -> list[Trajectory]:
+        """`rollout`, each process playing its share of the questions; all have all the trajectories afterwards."""
+        own = share(len(questions))
+        with agreeing(self.stop):
+            played = self.rollout(
+                questions[own],
+                n,
+                seed_parts,
+                prompts=None if prompts is None else prompts[own],
+                on_progress=on_progress,
+                **how,
+            )
+        trajectories = gather(played)
+        on_progress(len(trajectories) - len(played))
+        return trajectories
+
     def answer(
         self,
         name: str,
@@ -90,9 +116,9 @@ class Run:
         greedy: bool,
         prompts: Sequence[list[int]] | None = None,
     ) -> list[Trajectory]:
-        """`rollout`, shown as the task `name`."""
+        """`answer_shared`, shown as the task `name`."""
         with self.progress.task(name, len(questions) * n) as advance:
-            return self.rollout(questions, n, seed_parts, greedy=greedy, prompts=prompts, on_progress=advance)
+            return self.answer_shared(questions, n, seed_parts, greedy=greedy, prompts=prompts, on_progress=advance)
 
     def answer_once(
         self,
@@ -131,7 +157,7 @@ class Run:
             for start in range(len(trajectories) // n, len(questions), at_once):
                 began = time.monotonic()
                 asked_now = questions[start : start + at_once]
-                fresh = self.rollout(asked_now, n, seed_parts, greedy=greedy, on_progress=advance)
+                fresh = self.answer_shared(asked_now, n, seed_parts, greedy=greedy, on_progress=advance)
                 seconds = round(seconds + time.monotonic() - began, 3)
                 trajectories += fresh
                 if start + at_once < len(questions):

@@ -23,6 +23,15 @@ from trl.trainer.distillation_trainer import DistillationTrainer
 from trl.trainer.utils import pad
 
 from searche1_lite.config import Config, OFSDStageConfig
+from searche1_lite.distributed import (
+    agreeing,
+    average,
+    average_gradients,
+    by_itself,
+    from_first,
+    hand_over,
+    world_size,
+)
 from searche1_lite.divergence import divergence
 from searche1_lite.grpo import OnStep, StepReporter, drop_printer, rows_of, trainer_arguments
 from searche1_lite.guard import UpdateGuard
@@ -82,7 +91,7 @@ class OFSDTrainer(ResumableTrainer, DistillationTrainer):
         super().__init__(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Pads the stored ids of one optimizer step's pairs."""
+        """Pads the stored ids of this process's pairs of one optimizer step."""
         rows = [self._rows[int(example["prompt"])] for example in inputs]
         device, pad_id = self.accelerator.device, self._tokenizer.pad_token_id
         batch: dict[str, Any] = {}
@@ -138,6 +147,7 @@ class OFSDTrainer(ResumableTrainer, DistillationTrainer):
         """The loss of a whole step and its gradient, in micro-batches. A pair without a token in the loss is left out;
         if all are, there is no gradient and nothing moves."""
         model.train()
+        policy = self.accelerator.unwrap_model(model)
         inputs = self._prepare_inputs(inputs)
         self._step += 1
         prompts = torch.maximum(inputs["prompt_mask"].sum(dim=1), inputs["prompt_teacher_mask"].sum(dim=1))
@@ -146,9 +156,13 @@ class OFSDTrainer(ResumableTrainer, DistillationTrainer):
         sizes = lengths[trained].tolist()
 
         def passes(budget: int) -> torch.Tensor:
-            return self._passes(model, inputs, [trained[batch] for batch in micro_batches(sizes, budget)])
+            return self._passes(policy, inputs, [trained[batch] for batch in micro_batches(sizes, budget)])
 
-        total = in_smaller_passes(self.passes, sizes, model, passes, "an OFSD step")
+        with agreeing(self._stop), by_itself(self.accelerator, policy):
+            total = in_smaller_passes(self.passes, sizes, policy, passes, "an OFSD step")
+        average_gradients(policy)
+        hand_over(self.accelerator, policy)
+        total = average(total)
         self._guard.see("loss", total)
         return total.nan_to_num(0.0, 0.0, 0.0)  # it would spoil the loss of every later step in the log
 
@@ -239,12 +253,13 @@ def train_ofsd(
         order += rng.sample(range(len(pairs)), len(pairs))
 
     def describe(logs: dict[str, Any]) -> dict[str, Any]:
-        return {
+        record = {
             "stage": "ofsd",
             "round": round_index,
             **guard.figures(logs),
             "learning_rate": logs.get("learning_rate"),
         }
+        return from_first(lambda: record)
 
     guard = UpdateGuard(f"round{round_index}.ofsd", "ofsd.learning_rate")
     reporter = StepReporter(describe, on_step, deadline, limit, keeper)
@@ -252,7 +267,7 @@ def train_ofsd(
         **trainer_arguments(
             model, config, seed=seed, output_dir=output_dir, steps=steps, tracked=tracked, keeper=keeper
         ),
-        per_device_train_batch_size=stage.batch_size,
+        per_device_train_batch_size=stage.batch_size // world_size(),
         learning_rate=stage.learning_rate,
         warmup_steps=round(stage.warmup_ratio * steps),
         max_grad_norm=stage.max_grad_norm,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from searche1_lite.config import Config, LoggingConfig
+from searche1_lite.distributed import is_first
 from searche1_lite.errors import UserError
 from searche1_lite.sealed_folder import write_atomically
 from searche1_lite.search.progress import say_on_stderr
@@ -45,7 +46,7 @@ def check_trackers(settings: LoggingConfig) -> None:
         if find_spec(name) is None:
             remedy = f"pip install 'searche1-lite[{name}]', or leave it out"
             raise UserError(f"logging.report_to={name} needs the package {name}: {remedy}")
-    if "wandb" in settings.report_to and os.environ.get("WANDB_MODE", "online") in ("online", "shared"):
+    if is_first() and "wandb" in settings.report_to and os.environ.get("WANDB_MODE", "online") in ("online", "shared"):
         import wandb
 
         with redirect_stdout(sys.stderr), _as_user_error():
@@ -67,7 +68,7 @@ class Tracked:
 
     @property
     def report_to(self) -> list[str]:
-        return list(self.config.logging.report_to)
+        return list(self.config.logging.report_to) if is_first() else []
 
     @property
     def project(self) -> str:

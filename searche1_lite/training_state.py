@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from searche1_lite.checkpoint import RunFolder
+from searche1_lite.distributed import telling_of_losses, uses_deepspeed
 from searche1_lite.errors import UserError
 from searche1_lite.interrupt import Interrupted
 from searche1_lite.model import load_adapter_weights, save_adapter
@@ -115,8 +116,8 @@ class StageKeeper:
 
     def save(self, trainer: Trainer) -> None:
         """Keeps what was noted last; between two steps neither weights nor optimizer change."""
-        if self._noted is None:
-            return  # nothing was done beyond what is kept already
+        if self._noted is None or uses_deepspeed():
+            return  # nothing was done beyond what is kept already; or the optimizer is in parts, one a process
         within, self._noted = self._noted, None
         state = self._state | {"within": within, "metrics_size": self._metrics_size}
         self._folder.save_within(self._stage, within["step"], lambda folder: self._write(folder, trainer), state)
@@ -170,12 +171,18 @@ def train(trainer: ResumableTrainer, keeper: StageKeeper | None) -> None:
     """Trains from where the stage is. If it is stopped, or ends in what can be mended, the last whole step is kept."""
     trainer.keeper = keeper
     source = keeper.resumed_from if keeper is not None else None
+    if source is not None and uses_deepspeed():
+        raise UserError(f"DeepSpeed cannot go on within a stage, from {source.name}; go on without it")
     try:
-        trainer.train(resume_from_checkpoint=None if source is None else str(source))
+        with telling_of_losses():
+            trainer.train(resume_from_checkpoint=None if source is None else str(source))
     except (Interrupted, UserError):
         if keeper is not None:
             keeper.save(trainer)
         raise
+    finally:
+        if uses_deepspeed():
+            trainer.accelerator.free_memory()  # its hooks would stay with the adapter, and notice the next stage's
 
 
 def saving_arguments(keeper: StageKeeper | None) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
+from searche1_lite.distributed import is_first
+
 _SHOWN_FROM = 8_000_000
 """Bytes; less than this is done before a bar could be read."""
 
@@ -60,5 +62,6 @@ def megabytes(progress: Progress, name: str, size: int, done: int = 0) -> Iterat
 
 
 def say_on_stderr(message: str) -> None:
-    """Tells the user one line, apart from the results on stdout."""
-    print(message, file=sys.stderr)
+    """Tells the user one line, apart from the results on stdout. Of several processes the first one speaks."""
+    if is_first():
+        print(message, file=sys.stderr)
