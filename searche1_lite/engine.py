@@ -122,11 +122,17 @@ class Decoder:
         self._config, self._backbone, self._head = base.config, base.base_model, base.get_output_embeddings()
         self._device = model.device
         self._temperature, self._greedy, self._with_logprobs = temperature, greedy, logprobs
-        self._cache = SlotCache(base.config, slots, -(-columns // 8) * 8)  # as attention kernels want their masks
+        self._columns = -(-columns // 8) * 8  # as attention kernels want their masks
+        self._cache = SlotCache(base.config, slots, self._columns)
         vocabulary = self._head.weight.shape[0]
         self._automaton = tag_automaton(tokenizer, vocabulary)
         self._ends = np.zeros(vocabulary, dtype=bool)
         self._ends[sorted(end_ids(model, tokenizer))] = True
+        self.clear(slots)
+        self._graphs = _Graphs() if self._device.type == "cuda" else None
+
+    def clear(self, slots: int) -> None:
+        """So many rows, all of them free."""
         self.lengths = np.zeros(slots, dtype=np.int64)
         """Tokens of each row that are in the cache."""
         self.writing = np.zeros(slots, dtype=bool)
@@ -136,7 +142,6 @@ class Decoder:
         self._counts, self._budgets = np.zeros(slots, dtype=np.int64), np.zeros(slots, dtype=np.int64)
         self._turns = [SampledTurn() for _ in range(slots)]
         self._streams: list[UniformStream | None] = [None] * slots
-        self._graphs = _Graphs() if self._device.type == "cuda" else None
 
     def prefill(self, slots: Sequence[int], chunks: Sequence[list[int]]) -> None:
         """Adds `chunks` of ids to what these rows hold. Nothing is sampled.
@@ -284,8 +289,8 @@ class Decoder:
         if self._device.type == "cpu":
             size = -(-width // CPU_COLUMNS) * CPU_COLUMNS
         else:
-            size = next((size for size in GPU_COLUMNS if size >= width), self._cache.columns)
-        return min(self._cache.columns, size)
+            size = next((size for size in GPU_COLUMNS if size >= width), self._columns)
+        return min(self._columns, size)
 
     def _there(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)

@@ -7,7 +7,7 @@ number of steps since they were asked for, never on how fast they came: so a run
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -185,7 +185,7 @@ def rollout(
         prompts = [protocol.prompt_ids(question.question) for question in questions]
     else:
         longest = max(usual, max(map(len, prompts), default=0))
-    seats: list[_Seat | None] = [None] * (len(questions) * n)
+    seats: list[Seat | None] = [None] * (len(questions) * n)
     if not seats:
         return []
 
@@ -194,19 +194,19 @@ def rollout(
         reference are."""
         return min(len(seats), max(1, size * (usual + room) // (longest + room)))
 
-    def fill_seats() -> list[_Seat]:
+    def fill_seats() -> list[Seat]:
         """A fresh episode for every one that is not over."""
         for place, seat in enumerate(seats):
             if seat is None or not seat.episode.over:
                 group, sample = divmod(place, n)
                 question = questions[group]
                 stream = None if greedy else UniformStream(derive_seed(*seed_parts, question.id, sample))
-                seats[place] = _Seat(episode(question, sample, prompts[group], protocol, logprobs), stream, group)
+                seats[place] = Seat(episode(question, sample, prompts[group], protocol, logprobs), stream, group)
         return [seat for seat in seats if seat is not None]
 
     cpu = model.device.type == "cpu"
 
-    def play(size: int) -> list[_Seat]:
+    def play(size: int) -> list[Seat]:
         filled = fill_seats()
         rows = rows_for(size)
         with shadow_weights(model, uses_shadow(engine, model.device.type, rows)), compute_context(model):
@@ -220,7 +220,7 @@ def rollout(
                 logprobs=logprobs,
             )
             waiting = [seat for seat in filled if not seat.episode.over]
-            _Play(decoder, retriever, k, rows, cpu, times, on_progress, on_token, check).run(waiting)
+            Play(decoder, retriever, k, rows, cpu, times, on_progress, on_token, check).run(waiting)
         return filled
 
     was_training = model.training
@@ -253,7 +253,7 @@ def _fewer(size: int, rows_for: Callable[[int], int]) -> int | None:
 
 
 @dataclass(slots=True, eq=False)
-class _Seat:
+class Seat:
     """An episode and the slot it has, if it has one."""
 
     episode: Episode
@@ -267,12 +267,12 @@ class _Seat:
 class _Asked:
     """The searches of one step, on their way."""
 
-    turns: list[tuple[_Seat, Action, SampledTurn]]
+    turns: list[tuple[Seat, Action, SampledTurn]]
     found: "Future[list[list[Passage]]]"
     step: int
 
 
-class _Play:
+class Play:
     """Plays episodes in the decoder's slots: whoever waits for text to read makes room for others to write.
 
     Prompts and replies are read by many rows at a time: when an eighth of the episodes at play has something to read,
@@ -290,18 +290,19 @@ class _Play:
         on_progress: Callable[[int], None] | None,
         on_token: Callable[[Episode, int], None] | None,
         check: Callable[[], None] | None,
+        searcher: Executor = _SEARCHER,
     ) -> None:
-        self._check = check
+        self._check, self._searcher = check, searcher
         self._decoder, self._retriever, self._k = decoder, retriever, k
         self._in_step, self._times = in_step, times
         self._on_progress, self._on_token = on_progress, on_token
-        self._at: list[_Seat | None] = [None] * rows
+        self._at: list[Seat | None] = [None] * rows
         self._step = self._over = 0
-        self._queue: deque[_Seat] = deque()
+        self._queue: deque[Seat] = deque()
         self._asked: deque[_Asked] = deque()
-        self._replies: list[tuple[_Seat, list[int]]] = []
+        self._replies: list[tuple[Seat, list[int]]] = []
 
-    def run(self, seats: Sequence[_Seat]) -> None:
+    def run(self, seats: Sequence[Seat]) -> None:
         self._queue.extend(seats)
         try:
             while self._queue or any(self._at):
@@ -356,10 +357,10 @@ class _Play:
 
     def _read(self) -> None:
         """Gives free slots to new episodes, and has their prompts and all replies read."""
-        chunks: dict[_Seat, list[int]] = {}
-        shared: list[tuple[_Seat, _Seat]] = []
+        chunks: dict[Seat, list[int]] = {}
+        shared: list[tuple[Seat, Seat]] = []
         first = {seat.group: seat for seat in self._at if seat is not None}
-        fresh: list[_Seat] = []
+        fresh: list[Seat] = []
         for slot in [slot for slot, seat in enumerate(self._at) if seat is None][: len(self._queue)]:
             seat = self._queue.popleft()
             seat.slot, self._at[slot] = slot, seat
@@ -389,7 +390,7 @@ class _Play:
             self._on_token(self._at[slot].episode, self._decoder.last_token(slot))  # type: ignore[misc, union-attr]
         self._step += 1
         self._times.decode_steps += 1
-        searches: list[tuple[_Seat, Action, SampledTurn]] = []
+        searches: list[tuple[Seat, Action, SampledTurn]] = []
         for slot, turn in ended:
             seat = self._at[slot]
             assert seat is not None
@@ -400,10 +401,10 @@ class _Play:
                 self._reply(seat, action, turn, None)
         if searches:
             queries = [action.content for _, action, _ in searches]
-            found = _SEARCHER.submit(_search, self._retriever, queries, self._k, self._times)
+            found = self._searcher.submit(_search, self._retriever, queries, self._k, self._times)
             self._asked.append(_Asked(searches, found, self._step))
 
-    def _reply(self, seat: _Seat, action: Action, turn: SampledTurn, passages: list[Passage] | None) -> None:
+    def _reply(self, seat: Seat, action: Action, turn: SampledTurn, passages: list[Passage] | None) -> None:
         """Lets the environment react; an episode that is over with it gives its slot back."""
         ids = seat.episode.react(action, turn, passages)
         if seat.episode.over:

@@ -259,6 +259,9 @@ def test_bench_gives_every_figure_beside_its_baselines(found: dict[str, Any]) ->
             assert workload[f"speedup_vs_{loop}"] == pytest.approx(ratio, abs=1e-3)
         assert 0 <= workload["search_wait_share"] <= 1 and workload["bandwidth_fraction"] is None
         assert sum(workload["shares"].values()) == pytest.approx(1.0, abs=1e-3)
+        predicted = workload["predicted"]
+        assert predicted["vs_measured"] == pytest.approx(predicted["seconds"] / workload["ours"]["seconds"], abs=1e-3)
+        assert sum(predicted["costs"]["stepping"]) > 0 and sum(predicted["costs"]["searching"]) > 0
     assert found["rollout"]["demo"]["same_tokens"] == 1.0
     search = found["search"]
     assert search["same_results"] == 1.0 and search["remembered_qps"] > search["batch_64"]["ours"]["qps"]

@@ -105,3 +105,15 @@ def test_the_commands_of_the_corpus_example_run_as_they_stand(tmp_path: Path) ->
         assert ran.returncode in ((0, 3) if words[0] == "ask" else (0,)), ran.stderr
         assert "Traceback" not in ran.stderr
     assert (tmp_path / "runs" / "rivers" / "report.html").is_file()
+
+
+def test_planning_says_where_the_time_goes_and_how_it_shrinks_with_cards(tmp_path: Path) -> None:
+    rows = [line.split("|")[1:-1] for line in script("planning.py", cwd=tmp_path).splitlines() if line.startswith("|")]
+    heads, plans = [cell.strip() for cell in rows[0]], [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+    hours = [float(plan[rows[0][heads.index("hours")]].strip(" *")) for plan in plans]
+    assert [int(plan[rows[0][0]]) for plan in plans] == [1, 8, 8, 64, 64]
+    assert sorted(hours, reverse=True) == hours and hours[0] / hours[-1] < 64.5
+    parts = ("GRPO rollouts", "GRPO training", "fresh rollouts", "OFSD training", "sharing")
+    for plan, total in zip(plans, hours, strict=True):
+        told = [float(plan[rows[0][heads.index(part)]].split()[0]) for part in parts]
+        assert sum(told) == pytest.approx(total, abs=0.3)

@@ -17,7 +17,7 @@ from searche1_lite import rollout as rollout_module
 from searche1_lite.config import EngineConfig
 from searche1_lite.engine import SampledTurn
 from searche1_lite.protocol import Protocol
-from searche1_lite.rollout import Episode, RolloutTimes, _Play, rollout
+from searche1_lite.rollout import Episode, Play, RolloutTimes, rollout
 from searche1_lite.search.base import Passage
 from searche1_lite.stopping import end_ids
 from searche1_lite.trajectory import Question, Trajectory
@@ -372,9 +372,9 @@ def test_a_sibling_that_starts_later_takes_the_prompt_over_from_one_at_play(talk
 def test_steps_take_no_more_rows_than_there_are_episodes_left(talker: Policy, shelf, monkeypatch) -> None:
     left: list[int] = []
     taken: list[tuple[int, int]] = []
-    real_go_on, real_step = _Play._go_on, engine.Decoder.step
+    real_go_on, real_step = Play._go_on, engine.Decoder.step
 
-    def go_on(game: _Play) -> None:
+    def go_on(game: Play) -> None:
         left.append(len(game._at) - game._at.count(None) or 64)  # all sit down in the first pass
         real_go_on(game)
 
@@ -382,7 +382,7 @@ def test_steps_take_no_more_rows_than_there_are_episodes_left(talker: Policy, sh
         taken.append((left[-1], int(decoder.writing.nonzero()[0].max()) + 1))
         return real_step(decoder)
 
-    monkeypatch.setattr(_Play, "_go_on", go_on)
+    monkeypatch.setattr(Play, "_go_on", go_on)
     monkeypatch.setattr(engine.Decoder, "step", step)
     play(talker, shelf, n=16)
     assert min(left) < 10 and all(rows <= episodes for episodes, rows in taken)

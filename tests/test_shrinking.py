@@ -286,7 +286,7 @@ def test_episodes_that_were_over_are_not_played_again(talker, shelf) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     played: list[int] = []
-    real = rollout_module._Play.run
+    real = rollout_module.Play.run
 
     def watched(play: Any, seats: Sequence[Any]) -> None:
         played.append(len(seats))
@@ -295,7 +295,7 @@ def test_episodes_that_were_over_are_not_played_again(talker, shelf) -> None:
 
     handle = talker[0].get_base_model().base_model.register_forward_hook(fail, with_kwargs=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout_module._Play, "run", watched)
+        patch.setattr(rollout_module.Play, "run", watched)
         found = play(talker, shelf, Limit("engine.batch_size", 64))
     handle.remove()
     unbroken = play(talker, shelf, None)

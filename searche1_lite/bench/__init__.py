@@ -43,8 +43,9 @@ def bench(
           `tokens`, `trajectories_per_second` and `tokens_per_second`; `speedup_vs_trl` and `speedup_vs_reprefill`
           (their seconds / ours); `same_tokens`, the share of trajectories that all three wrote alike, None where tokens
           are sampled; `shares` of the engine's time (`prefill`, `decode`, `search_wait`, `other`) and
-          `search_wait_share`; `bandwidth_fraction` (None on a CPU); and for some `growth`: `trajectories`,
-          `seconds_per_trajectory` by the number of episodes side by side, and the `knee` in them.
+          `search_wait_share`; `predicted`, what a simulation says of the engine's time from what its parts take
+          (`seconds`, `vs_measured`, `costs`); `bandwidth_fraction` (None on a CPU); and for some `growth`:
+          `trajectories`, `seconds_per_trajectory` by the number of episodes side by side, and the `knee` in them.
         - `search`: figures in batches of 1 and 64, and their ratios; `measure_search` lists them.
         - `round`: seconds and shares of a short round of the demo; `measure_round` lists them.
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from searche1_lite.bench.baselines import ToolLoop, reprefill_rollouts, stop_ids
 from searche1_lite.bench.limits import demand, measure_gpu, step_limit
+from searche1_lite.bench.prediction import predict
 from searche1_lite.benchmarks import load_questions
 from searche1_lite.config import Config, load_config
 from searche1_lite.engine import SampledTurn, uses_shadow
@@ -258,6 +259,8 @@ def report(workload: Workload, repeats: int, on_part: OnPart = lambda name: None
         found[f"speedup_vs_{name}"] = round(found[name]["seconds"] / found["ours"]["seconds"], 3)
     found["same_tokens"] = round(same_tokens(*played.values()), 4) if workload.greedy else None
     found |= shares(times)
+    on_part(f"{workload.name}: parts, one by one")
+    found["predicted"] = predict(workload, ours, found["ours"]["seconds"])
     found["bandwidth_fraction"] = bandwidth_fraction(workload, ours, times, repeats)
     if workload.growth:
         found["growth"] = grow(workload, on_part)
