@@ -155,6 +155,7 @@ def rollout(
     episode: Callable[..., Episode] = Episode,
     times: RolloutTimes | None = None,
     slots: Limit | None = None,
+    decoder: Callable[..., Decoder] = Decoder,
 ) -> list[Trajectory]:
     """`n` fresh episodes for each question, question by question.
 
@@ -174,6 +175,7 @@ def rollout(
         times: where the time spent is added up, by part.
         slots: in place of `engine.batch_size`; if the GPU's memory runs out, it is lowered and what was unfinished is
             played again. None: the error is the caller's.
+        decoder: makes what writes, to be replaced where a benchmark watches it.
 
     Raises:
         UserError: with `slots`, if an episode by itself is too much.
@@ -210,7 +212,7 @@ def rollout(
         filled = fill_seats()
         rows = rows_for(size)
         with shadow_weights(model, uses_shadow(engine, model.device.type, rows)), compute_context(model):
-            decoder = Decoder(
+            writer = decoder(
                 model,
                 tokenizer,
                 rows,
@@ -220,7 +222,7 @@ def rollout(
                 logprobs=logprobs,
             )
             waiting = [seat for seat in filled if not seat.episode.over]
-            Play(decoder, retriever, k, rows, cpu, times, on_progress, on_token, check).run(waiting)
+            Play(writer, retriever, k, rows, cpu, times, on_progress, on_token, check).run(waiting)
         return filled
 
     was_training = model.training

@@ -1,43 +1,40 @@
 """What the engine will take for a workload, from what its parts take on this machine.
 
-Each is measured by itself, and `simulation.simulate` puts them together. `bench` holds that against what it took.
+Each is timed in smaller rollouts of other episodes, and `simulation.simulate` puts them together. `bench` holds that
+against what the engine took.
 """
 
+import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from searche1_lite.bench.simulation import Script, script_of, simulate
-from searche1_lite.engine import Decoder, SampledTurn, UniformStream, uses_shadow
-from searche1_lite.model import compute_context, shadow_weights
-from searche1_lite.search.base import Retriever
+from searche1_lite.bench.simulation import script_of, simulate
+from searche1_lite.engine import Decoder, SampledTurn
+from searche1_lite.rollout import RolloutTimes
+from searche1_lite.search.base import Passage, Retriever
 from searche1_lite.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from searche1_lite.bench.rollout import Workload
-
-_REPEATS = 3
-"""Of each measurement, of which the median counts."""
-
-_EPISODES = 8
-"""That are acted out again, to see what a turn takes beside the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredCosts:
     """`simulation.Costs` as sums, in seconds: a call, each row, token or query, and each cached token looked at."""
 
-    starting: float
-    stepping: tuple[float, float, float]
-    prefilling: tuple[float, float, float]
-    copying: tuple[float, float]
-    turning: float
-    searching: tuple[float, float]
+    starting: float = 0.0
+    stepping: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    prefilling: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    copying: tuple[float, float] = (0.0, 0.0)
+    turning: float = 0.0
+    searching: tuple[float, float] = (0.0, 0.0)
 
     def start(self) -> float:
         return self.starting
@@ -69,147 +66,131 @@ def predict(workload: "Workload", played: Sequence[Trajectory], measured: float)
         `seconds`; `vs_measured`, their ratio to those measured; and `costs`, in seconds.
     """
     scripts = [script_of(one, number // workload.n) for number, one in enumerate(played)]
-    costs = measure_costs(workload, scripts, played)
+    costs = measure_costs(workload)
     rows, cpu = workload.config.engine.batch_size, workload.model.device.type == "cpu"
     seconds = simulate(scripts, rows, costs, in_step=cpu).seconds
     return {
         "seconds": round(seconds, 4),
         "vs_measured": round(seconds / measured, 4),
-        "costs": {name: getattr(costs, name) for name in MeasuredCosts.__slots__},
+        "costs": {name: list(cost) if isinstance(cost, tuple) else cost for name, cost in asdict(costs).items()},
     }
 
 
-@torch.inference_mode()
-def measure_costs(workload: "Workload", scripts: Sequence[Script], played: Sequence[Trajectory]) -> MeasuredCosts:
-    """Each part by itself, at sizes between the least and the most that these scripts have."""
-    rows = min(workload.config.engine.batch_size, len(scripts))
-    longest = max(script.prompt + sum(turn.tokens + turn.reply for turn in script.turns) for script in scripts)
-    texts = sorted([script.prompt for script in scripts] + [t.reply for s in scripts for t in s.turns if t.reply])
-    model, device = workload.model, workload.model.device.type
-
-    def decoder() -> Decoder:
-        return Decoder(
-            model,
-            workload.tokenizer,
-            rows,
-            longest,
-            temperature=workload.config.engine.temperature,
-            greedy=workload.greedy,
+def measure_costs(workload: "Workload") -> MeasuredCosts:
+    """What parts take in the workload's trials: each call of the decoder and of the search engine is timed, and what is
+    left is put down to turns."""
+    watch = _Watch()
+    rest, turns = 0.0, 0
+    for questions, n, batch_size in workload.trials:
+        sized = replace(
+            workload, config=replace(workload.config, engine=replace(workload.config.engine, batch_size=batch_size))
         )
-
-    model.eval()
-    began = time.perf_counter()
-    protocol = workload.protocol
-    for question in workload.questions:
-        protocol.prompt_ids(question.question)
-    with shadow_weights(model, uses_shadow(workload.config.engine, device, rows)), compute_context(model):
-        made = decoder()
-        starting = time.perf_counter() - began
-        least, middle = min(script.prompt for script in scripts), texts[len(texts) // 2]
-        counts = sorted({1, -(-rows // 4), rows})
-        steps = [_step(made, count, length, workload.greedy) for count in counts for length in (least, longest - 1)]
-        reads = [
-            _read(made, count, size, there)
-            for count in counts
-            for size in sorted({min(8, middle), middle})
-            for there in sorted({0, longest - middle})
-        ]
-        copies = [_copy(made, length) for length in (least, longest)] if rows > 1 else []
+        retriever = _WatchedRetriever(workload.retriever(), watch)
+        before, began = watch.seconds(), time.perf_counter()
+        times = RolloutTimes()
+        watch.began = began
+        played = sized.rollout(
+            retriever, questions, n, workload.trial_episode, times, decoder=partial(_WatchedDecoder, watch)
+        )
+        taken = time.perf_counter() - began
+        rest += taken - (watch.seconds() - before) - times.search_wait
+        turns += sum(len(one.turns) for one in played)
     return MeasuredCosts(
-        starting,
-        _fit(steps),
-        _fit(reads),
-        _fit(copies) if copies else (0.0, 0.0),
-        _turn(workload, played[:_EPISODES]),
-        _fit(_searches(workload.retriever(), played, workload.config.search.k)),
+        statistics.median(watch.starts),
+        _fit(watch.steps),
+        _fit(watch.reads),
+        _fit(watch.copies) if watch.copies else (0.0, 0.0),
+        max(0.0, rest / turns),
+        _fit(watch.searches) if watch.searches else (0.0, 0.0),
     )
+
+
+Measured = list[tuple[tuple[float, ...], float]]
+"""Of each call, how much was done in it, as `MeasuredCosts` counts, and its seconds."""
+
+
+@dataclass
+class _Watch:
+    """What was seen."""
+
+    began: float = 0.0
+    starts: list[float] = field(default_factory=list)
+    steps: Measured = field(default_factory=list)
+    reads: Measured = field(default_factory=list)
+    copies: Measured = field(default_factory=list)
+    searches: Measured = field(default_factory=list)
+
+    def seconds(self) -> float:
+        """Of all but the searches, which another thread makes."""
+        return sum(self.starts) + sum(seconds for part in (self.steps, self.reads, self.copies) for _, seconds in part)
+
+
+class _WatchedDecoder(Decoder):
+    """A decoder each of whose calls is timed."""
+
+    def __init__(self, watch: _Watch, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        _settle()
+        self._watch, self._size = watch, (0, 0)
+        watch.starts.append(time.perf_counter() - watch.began)
+
+    def step(self) -> list[tuple[int, SampledTurn]]:
+        began = time.perf_counter()
+        ended = super().step()  # it waits for the GPU
+        self._watch.steps.append(((1, *self._size), time.perf_counter() - began))
+        return ended
+
+    def _decode(
+        self, shape: tuple[int, int], *inputs: torch.Tensor, spans: Sequence[tuple[int, int, int]] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows, width = shape
+        columns = rows * width if spans is None else sum((end - start) * length for start, end, length in spans)
+        self._size = rows, columns
+        return super()._decode(shape, *inputs, spans=spans)
+
+    def _prefill(self, slots: list[int], chunks: list[list[int]]) -> None:
+        sizes = np.array([len(chunk) for chunk in chunks])
+        tokens, width = len(slots) * int(sizes.max()), self._bucket(int((self.lengths[slots] + sizes).max()))
+        began = time.perf_counter()
+        super()._prefill(slots, chunks)
+        _settle()
+        self._watch.reads.append(((1, tokens, tokens * width), time.perf_counter() - began))
+
+    def share(self, source: int, target: int, length: int) -> None:
+        began = time.perf_counter()
+        super().share(source, target, length)
+        _settle()
+        self._watch.copies.append(((1, length), time.perf_counter() - began))
+
+
+class _WatchedRetriever:
+    """A retriever each of whose calls with new queries is timed."""
+
+    def __init__(self, retriever: Retriever, watch: _Watch) -> None:
+        self.name, self._retriever, self._watch = retriever.name, retriever, watch
+        self._known: set[str] = set()
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        new = set(queries) - self._known
+        self._known |= new
+        began = time.perf_counter()
+        found = self._retriever.search(queries, k)
+        if new:
+            self._watch.searches.append(((1, len(new)), time.perf_counter() - began))
+        return found
 
 
 def _sum(parts: Sequence[float], *sizes: float) -> float:
     return sum(part * size for part, size in zip(parts, sizes, strict=True))
 
 
-def _fit(measured: Sequence[tuple[tuple[float, ...], float]]) -> Any:
-    """Parts, none below zero, of which the sizes measured make up the seconds: those furthest off in proportion count
-    most."""
+def _fit(measured: Measured) -> Any:
+    """Parts, none below zero, that make up the seconds of all calls; long ones may be further off than short."""
     sizes, seconds = (np.array(column, dtype=float) for column in zip(*measured, strict=True))
-    return tuple(float(part) for part in nnls(sizes / seconds[:, None], np.ones(len(seconds)))[0])
-
-
-def _median(work: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
-    """Seconds of one call, the first of which does not count."""
-    taken = []
-    for _ in range(_REPEATS + 1):
-        before()
-        _settle()
-        began = time.perf_counter()
-        work()
-        _settle()
-        taken.append(time.perf_counter() - began)
-    return float(np.median(taken[1:]))
+    scale = np.sqrt(seconds)
+    return tuple(float(part) for part in nnls(sizes / scale[:, None], scale)[0])
 
 
 def _settle() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _step(decoder: Decoder, rows: int, length: int, greedy: bool) -> tuple[tuple[float, ...], float]:
-    """One of so many rows with so many tokens in the cache."""
-
-    def begin() -> None:
-        decoder.clear(len(decoder.writing))
-        decoder.lengths[:rows] = length
-        for slot in range(rows):
-            decoder.begin(slot, 0, 1_000_000, None if greedy else UniformStream(slot))
-
-    return (1, rows, rows * (length + 1)), _median(decoder.step, begin)
-
-
-def _read(decoder: Decoder, rows: int, size: int, there: int) -> tuple[tuple[float, ...], float]:
-    """A pass over so many tokens in each of so many rows, behind what is there."""
-
-    def begin() -> None:
-        decoder.clear(len(decoder.writing))
-        decoder.lengths[:rows] = there
-
-    chunks = [[0] * size for _ in range(rows)]
-    tokens = rows * size
-    return (1, tokens, tokens * (there + size)), _median(lambda: decoder.prefill(range(rows), chunks), begin)
-
-
-def _copy(decoder: Decoder, length: int) -> tuple[tuple[float, ...], float]:
-    return (1, length), _median(lambda: decoder.share(0, 1, length))
-
-
-def _turn(workload: "Workload", played: Sequence[Trajectory]) -> float:
-    """What is done with a turn beside the model and the search: the same turns, acted out again."""
-    protocol, turns = workload.protocol, sum(len(one.turns) for one in played)
-
-    def act() -> None:
-        for one in played:
-            episode = workload.episode(one.question, one.sample, one.prompt_ids, protocol, False)
-            searches = iter(one.searches)
-            for turn in one.turns:
-                ids = one.completion_ids[turn.start : turn.end]
-                written = SampledTurn(ids, [], "budget" if turn.kind == "invalid" else "tag")
-                action = episode.take_turn(written)
-                search = next(searches, None) if action.kind == "search" and episode.may_search else None
-                episode.react(action, written, None if search is None else search.passages)
-            episode.finish()
-
-    return _median(act) / max(1, turns)
-
-
-def _searches(retriever: Retriever, played: Sequence[Trajectory], k: int) -> list[tuple[tuple[float, ...], float]]:
-    """Queries that were not asked before, one by one and all others at once."""
-    queries = list(dict.fromkeys(search.query for one in played for search in one.searches))
-    retriever.search(["first"], k)
-    found: list[tuple[tuple[float, ...], float]] = []
-    singles = min(8, len(queries) // 2)
-    for batch in [*([query] for query in queries[:singles]), queries[singles:]]:
-        if batch:
-            began = time.perf_counter()
-            retriever.search(batch, k)
-            found.append(((1, len(batch)), time.perf_counter() - began))
-    return found

@@ -23,7 +23,7 @@ from searche1_lite.bench.limits import demand, measure_gpu, step_limit
 from searche1_lite.bench.prediction import predict
 from searche1_lite.benchmarks import load_questions
 from searche1_lite.config import Config, load_config
-from searche1_lite.engine import SampledTurn, uses_shadow
+from searche1_lite.engine import Decoder, SampledTurn, uses_shadow
 from searche1_lite.measure import save_random_base
 from searche1_lite.model import load_policy
 from searche1_lite.protocol import Action, Protocol
@@ -79,6 +79,10 @@ class OneTurn(ScriptedEpisode):
     searches = 0
 
 
+class TrialEpisode(ScriptedEpisode):
+    searches, turn_tokens = 1, 8
+
+
 @dataclass
 class Workload:
     """What is played: `n` episodes of each question, `config.engine.batch_size` of them side by side."""
@@ -93,6 +97,9 @@ class Workload:
     episode: type[Episode] = Episode
     short_episode: type[Episode] = Episode
     """For warming up a CPU."""
+    trials: Sequence[tuple[Sequence[Question], int, int]] = ()
+    """Questions, episodes of each and rows of the smaller rollouts from which the time is predicted."""
+    trial_episode: type[Episode] = Episode
     growth: tuple[int, ...] = ()
     """Numbers of episodes side by side at which the engine is timed alone."""
 
@@ -105,7 +112,13 @@ class Workload:
         return open_retriever(self.config.search)
 
     def rollout(
-        self, retriever: Retriever, questions: Sequence[Question], n: int, episode: type[Episode], times: RolloutTimes
+        self,
+        retriever: Retriever,
+        questions: Sequence[Question],
+        n: int,
+        episode: type[Episode],
+        times: RolloutTimes,
+        decoder: Callable[..., Decoder] = Decoder,
     ) -> list[Trajectory]:
         """The engine's rollouts."""
         return rollout(
@@ -121,6 +134,7 @@ class Workload:
             greedy=self.greedy,
             episode=episode,
             times=times,
+            decoder=decoder,
         )
 
 
@@ -130,9 +144,10 @@ def demo_workload(quick: bool = False) -> Workload:
     config.engine.batch_size = 80
     model, tokenizer = load_policy(config.model, seed=0)
     questions = load_questions("demo:train", "train", 4 if quick else 16)
-    return Workload(
-        "demo", config, model, tokenizer, questions, 5, True, growth=(8, 16) if quick else (8, 16, 32, 64, 128, 256)
-    )
+    others = load_questions("demo:dev", "dev", len(questions))
+    trials = [(others[: len(others) // part], 5, config.engine.batch_size // part) for part in (4, 2, 1)]
+    growth = (8, 16) if quick else (8, 16, 32, 64, 128, 256)
+    return Workload("demo", config, model, tokenizer, questions, 5, True, growth=growth, trials=trials)
 
 
 def small_shape(layers: int = 30) -> "PretrainedConfig":
@@ -225,7 +240,10 @@ def _scripted(
     n = next(size for size in (5, 4, 2, 1) if rows % size == 0)
     config = replace(config, engine=replace(config.engine, batch_size=rows))
     questions = load_questions("demo:train", "train", rows // n)
-    return Workload(name, config, model, tokenizer, questions, n, False, script, OneTurn, growth)
+    trial = type("Trial", (TrialEpisode,), {"document_tokens": script.document_tokens})
+    others = load_questions("demo:dev", "dev", rows // n)
+    trials = [(others, size, rows) for size in sorted({max(1, n // 2), n})]
+    return Workload(name, config, model, tokenizer, questions, n, False, script, OneTurn, trials, trial, growth)
 
 
 def report(workload: Workload, repeats: int, on_part: OnPart = lambda name: None) -> dict[str, Any]:
