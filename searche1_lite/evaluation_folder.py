@@ -20,11 +20,12 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from searche1_lite.config import Config, dump_config, parse_config, read_yaml, what_counts
+from searche1_lite.config import Config, dump_config, parse_config, what_counts
 from searche1_lite.errors import UserError
 from searche1_lite.jsonl import JsonFault, bounded_lines, parse_json, read_json
 from searche1_lite.sealed_folder import write_atomically
 from searche1_lite.trajectory import Question
+from searche1_lite.yaml_file import read_yaml
 
 _LOCK = ".lock"
 

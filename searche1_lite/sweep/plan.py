@@ -22,8 +22,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from searche1_lite.config import Config, load_config, read_yaml
+from searche1_lite.config import Config, load_config
 from searche1_lite.errors import UserError
+from searche1_lite.yaml_file import read_yaml
 
 _KEYS = ("preset", "config", "settings", "seeds", "baseline", "variants", "grid")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.,=+-]{0,98}[A-Za-z0-9_,=+-])?")
