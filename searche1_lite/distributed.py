@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=1)
-"""How long one process waits for the others. One that dies is noticed at once; this ends what hangs."""
+PATIENCE = timedelta(hours=4)
+"""How long one process waits for the others, while they fetch an index for instance. One that dies is noticed at once;
+this ends what hangs."""
 
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -119,6 +120,18 @@ def join(config: "Config") -> None:
     with telling_of_losses():
         PartialState(cpu=not (torch.cuda.is_available() or uses_deepspeed()), timeout=PATIENCE)
     wait_for_all()
+
+
+@contextmanager
+def one_first() -> Iterator[None]:
+    """Around what may fetch or build files: on each machine one process does it, then the others find them."""
+    if world_size() == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    with telling_of_losses(), PartialState().local_main_process_first():
+        yield
 
 
 def wait_for_all() -> None:

@@ -27,6 +27,7 @@ from searche1_lite.distributed import (
     gather,
     is_first,
     join,
+    one_first,
     shared_folder,
     telling_of_losses,
     wait_for_all,
@@ -34,7 +35,7 @@ from searche1_lite.distributed import (
 from searche1_lite.divergence import try_losses
 from searche1_lite.errors import UserError
 from searche1_lite.evaluate import evaluate
-from searche1_lite.grpo import OnStep, train_grpo
+from searche1_lite.grpo import train_grpo
 from searche1_lite.interrupt import Interrupted
 from searche1_lite.loaded_run import Run
 from searche1_lite.model import load_adapter_weights
@@ -46,6 +47,7 @@ from searche1_lite.schedule import Stage, best_stage, next_stage
 from searche1_lite.search.base import Retriever
 from searche1_lite.search.progress import SILENT, Progress, say_on_stderr
 from searche1_lite.seeding import derive_seed
+from searche1_lite.stage_trainer import OnStep
 from searche1_lite.tracking import Tracked, check_trackers, report_evaluations
 from searche1_lite.training_state import Resumed
 from searche1_lite.trajectory import Question, Trajectory
@@ -94,7 +96,8 @@ def _run(
 ) -> dict[str, Any]:
     check_trackers(config.logging)
     train_questions, test_questions = questions or load_run_questions(config)
-    work = Run(config, progress, retriever=retriever, reward=reward)
+    with one_first():
+        work = Run(config, progress, retriever=retriever, reward=reward)
     work.protocol.check_prompts([*train_questions, *test_questions])
     try_losses(work.model.device)  # now, not after the first hour of rollouts
     folder.start()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
 from searche1_lite.benchmarks import check_enough
@@ -32,112 +32,26 @@ from searche1_lite.distributed import (
     hand_over,
     merged,
     rank,
-    uses_deepspeed,
     world_size,
 )
 from searche1_lite.guard import UpdateGuard, finite_or_none
 from searche1_lite.interrupt import Stop
 from searche1_lite.logprobs import completion_hidden, token_logprobs
 from searche1_lite.microbatch import micro_batches
-from searche1_lite.model import compute_context, compute_dtype, drop_adapter, keep_adapter_fp32, use_adapter
+from searche1_lite.model import compute_context, drop_adapter, keep_adapter_fp32, use_adapter
 from searche1_lite.reward import Reward, earned
 from searche1_lite.seeding import derive_seed
 from searche1_lite.shrinking import Limit, in_smaller_passes
-from searche1_lite.tracking import Tracked, figures_of, reporting, reporting_arguments
-from searche1_lite.training_state import ResumableTrainer, StageKeeper, saving_arguments, train
+from searche1_lite.stage_trainer import OnStep, StepReporter, drop_printer, rows_of, trainer_arguments
+from searche1_lite.tracking import Tracked, reporting
+from searche1_lite.training_state import ResumableTrainer, StageKeeper, train
 from searche1_lite.trajectory import Question, Trajectory
 
 REFERENCE = "ref"
 """The frozen adapter that TRL adds for the KL term."""
 
-OnStep = Callable[[dict[str, Any]], None]
-
 Answer = Callable[[Sequence[Question], int, Sequence[int | str]], list[Trajectory]]
 """Questions, rollouts a question, and the parts of the seed -> trajectories."""
-
-
-def trainer_arguments(
-    model: PeftModel,
-    config: Config,
-    *,
-    seed: int,
-    output_dir: Path,
-    steps: int,
-    tracked: Tracked | None = None,
-    keeper: StageKeeper | None = None,
-) -> dict[str, Any]:
-    """Arguments that both stages' trainers share: a constant rate after warm-up, the order of the data as it is."""
-    return {
-        "output_dir": str(output_dir),
-        "seed": seed % 2**31,
-        "max_steps": steps,
-        "lr_scheduler_type": "constant_with_warmup",
-        "weight_decay": 0.0,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # asks the GPU at every step what `UpdateGuard` knows
-        "disable_tqdm": True,
-        "log_level_replica": "error",
-        "remove_unused_columns": False,
-        "gradient_checkpointing": config.model.gradient_checkpointing,
-        "use_cpu": model.device.type == "cpu",
-        # DeepSpeed would take it for an order to round the adapter; passes compute in bf16 by `compute_context` anyway.
-        "bf16": compute_dtype(model.device) == torch.bfloat16 and not uses_deepspeed(),
-        "dataloader_pin_memory": model.device.type != "cpu",
-        "temperature": config.engine.temperature,
-        "max_completion_length": config.protocol.max_completion_tokens,
-        "shuffle_dataset": False,  # the order is ours: the place in it is the step
-        **saving_arguments(keeper),
-        **reporting_arguments(tracked),
-    }
-
-
-class StepReporter(TrainerCallback):
-    """Hands each optimizer step's figures on, and stops the trainer when the time is up.
-
-    Callbacks that come after it find our figures in the log beside TRL's.
-
-    Args:
-        describe: turns TRL's log of one step into our record.
-        deadline: `time.monotonic()`; the step in which it passes is the last (so at least one is done). None: no limit.
-        limit: steps after which it stops too; None: no limit.
-        keeper: notes each step that is done.
-    """
-
-    def __init__(
-        self,
-        describe: Callable[[dict[str, Any]], dict[str, Any]],
-        on_step: OnStep,
-        deadline: float | None,
-        limit: int | None,
-        keeper: StageKeeper | None = None,
-    ) -> None:
-        self._describe, self._on_step, self._deadline, self._limit = describe, on_step, deadline, limit
-        self._keeper = keeper
-        self._began = time.monotonic()
-        self.steps = 0 if keeper is None else keeper.steps  # a stage that was stopped after its last step has no more
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        state.save_steps = args.save_steps  # as it is set now, not as it was where a resumed stage was stopped
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._began = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.steps = state.global_step
-        deadline = self._deadline
-        late = deadline is not None and from_first(lambda: time.monotonic() >= deadline)
-        if late or (self._limit is not None and self.steps >= self._limit):
-            control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            seconds = time.monotonic() - self._began
-            record = {"step": state.global_step, **self._describe(logs), "seconds": round(seconds, 3)}
-            self._on_step(record)
-            logs |= figures_of(record)
-            state.log_history[-1] |= logs  # a resumed stage tells it again
-            if self._keeper is not None:
-                self._keeper.note(state.global_step)
 
 
 class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
@@ -266,14 +180,9 @@ class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
         return logprobs, entropies, None
 
 
-def rows_of(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-    """These rows of a batch's tensors; what belongs to the whole batch is left as it is."""
-    return {key: value[rows] if torch.is_tensor(value) and value.dim() else value for key, value in inputs.items()}
-
-
-def exact_match_reward(prompts: list[str], completions: list[str], em: list[float], **_: Any) -> list[float]:
+def earned_reward(prompts: list[str], completions: list[str], rewards: list[float], **_: Any) -> list[float]:
     """The rewards that were computed from model-written tokens; TRL's own decoded text is not looked at."""
-    return em
+    return rewards
 
 
 def train_grpo(
@@ -349,7 +258,7 @@ def train_grpo(
             "completion_ids": [t.completion_ids for t in own],
             "logprobs": None if None in kept else [t.logprobs for t in own],
             "env_mask": [t.loss_mask for t in own],
-            "em": [t.reward if reward is None else earned(reward, t) for t in own],
+            "rewards": [t.reward if reward is None else earned(reward, t) for t in own],
         }
 
     def describe(logs: dict[str, Any]) -> dict[str, Any]:
@@ -403,7 +312,7 @@ def train_grpo(
             warnings.simplefilter("ignore")  # rollout_func announces that it is experimental
             trainer = RolloutGRPOTrainer(
                 model=model,
-                reward_funcs=exact_match_reward,
+                reward_funcs=earned_reward,
                 args=arguments,
                 train_dataset=Dataset.from_dict({"prompt": [str(index) for index in order]}),
                 processing_class=tokenizer,
@@ -438,10 +347,3 @@ def question_order(count: int, batch: int, steps: int, seed: int) -> list[int]:
     while len(order) < steps * batch:
         order += torch.randperm(count, generator=generator).tolist()[: count - count % batch]
     return order[: steps * batch]
-
-
-def drop_printer(trainer: Any) -> None:
-    """Results go to stdout, so the trainer must not print its logs there."""
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)

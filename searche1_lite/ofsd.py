@@ -33,7 +33,6 @@ from searche1_lite.distributed import (
     world_size,
 )
 from searche1_lite.divergence import divergence
-from searche1_lite.grpo import OnStep, StepReporter, drop_printer, rows_of, trainer_arguments
 from searche1_lite.guard import UpdateGuard
 from searche1_lite.interrupt import Stop
 from searche1_lite.logprobs import completion_hidden, token_logprobs
@@ -43,6 +42,7 @@ from searche1_lite.pairs import Pair, teacher_prompts
 from searche1_lite.protocol import Protocol
 from searche1_lite.seeding import derive_seed
 from searche1_lite.shrinking import Limit, in_smaller_passes
+from searche1_lite.stage_trainer import OnStep, StepReporter, drop_printer, rows_of, trainer_arguments
 from searche1_lite.tracking import Tracked, reporting
 from searche1_lite.training_state import ResumableTrainer, StageKeeper, train
 from searche1_lite.trajectory import Trajectory

@@ -25,18 +25,12 @@ from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from searche1_lite import grpo
+from searche1_lite import grpo, stage_trainer
 from searche1_lite import model as model_module
 from searche1_lite.config import Config, EngineConfig, GRPOStageConfig, ModelConfig, OFSDStageConfig
 from searche1_lite.engine import Decoder
 from searche1_lite.errors import UserError
-from searche1_lite.grpo import (
-    RolloutGRPOTrainer,
-    exact_match_reward,
-    question_order,
-    train_grpo,
-    trainer_arguments,
-)
+from searche1_lite.grpo import RolloutGRPOTrainer, earned_reward, question_order, train_grpo
 from searche1_lite.interrupt import Stop
 from searche1_lite.logprobs import token_logprobs
 from searche1_lite.model import keep_adapter_fp32, load_policy, save_adapter
@@ -45,6 +39,7 @@ from searche1_lite.pairs import select_pairs
 from searche1_lite.protocol import Protocol
 from searche1_lite.rollout import rollout
 from searche1_lite.search.base import Passage
+from searche1_lite.stage_trainer import trainer_arguments
 from searche1_lite.trajectory import Question, Trajectory
 
 QUESTIONS = [Question(name, f"What about {name}?", ["Peru"]) for name in ("rivers", "a sea", "hills", "towns", "rain")]
@@ -171,7 +166,7 @@ def test_in_bf16_the_cache_is_bf16_and_the_adapter_stays_fp32(
 ) -> None:
     """As on a GPU: the 4-bit base computes in bf16, and small updates of the adapter are not rounded away."""
     monkeypatch.setattr(model_module, "compute_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(grpo, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(stage_trainer, "compute_dtype", lambda device: torch.bfloat16)
     kept: set[torch.dtype] = set()
     real_release = Decoder.release
 
@@ -353,7 +348,7 @@ def test_the_first_gradient_is_that_of_the_published_objective(
 
 
 def test_the_reward_function_hands_on_the_exact_match_and_reads_no_text() -> None:
-    rewards = exact_match_reward(["0", "0"], ["<answer>Peru</answer>", ""], em=[0.0, 1.0], trainer_state=None)
+    rewards = earned_reward(["0", "0"], ["<answer>Peru</answer>", ""], rewards=[0.0, 1.0], trainer_state=None)
     assert rewards == [0.0, 1.0]
 
 
@@ -387,7 +382,7 @@ def trainer_for(
     model, tokenizer = policy
     with keep_adapter_fp32(model):
         trainer = RolloutGRPOTrainer(
-            model, exact_match_reward, arguments, Dataset.from_dict({"prompt": ["0", "1"]}),
+            model, earned_reward, arguments, Dataset.from_dict({"prompt": ["0", "1"]}),
             processing_class=tokenizer, micro_batch_tokens=micro_batch_tokens, stop=Stop(),
         )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
