@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from tokenizers.decoders import DecodeStream
 
+from searche1_lite.adapter import load_adapter_weights, use_adapter
 from searche1_lite.engine import SampledTurn
 from searche1_lite.errors import UserError
 from searche1_lite.loaded_run import Run
-from searche1_lite.model import load_adapter_weights, use_adapter
 from searche1_lite.protocol import Action, Protocol, check_question
 from searche1_lite.rollout import Episode, rollout
 from searche1_lite.search.base import Passage

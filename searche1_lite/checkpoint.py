@@ -230,7 +230,7 @@ class RunFolder:
 
         What there is from within that stage is not needed any more, and goes.
         """
-        from searche1_lite.model import save_adapter
+        from searche1_lite.adapter import save_adapter
 
         final = self.path / "checkpoints" / name
         write_sealed(final, lambda folder: save_adapter(model, folder), state)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from searche1_lite.adapter import load_adapter_weights
 from searche1_lite.benchmarks import load_run_questions
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config
@@ -38,7 +39,6 @@ from searche1_lite.evaluate import evaluate
 from searche1_lite.grpo import train_grpo
 from searche1_lite.interrupt import Interrupted
 from searche1_lite.loaded_run import Run
-from searche1_lite.model import load_adapter_weights
 from searche1_lite.ofsd import ofsd_steps, train_ofsd
 from searche1_lite.pairs import Pair, select_pairs, teacher_prompts
 from searche1_lite.reward import Reward, reward_name

@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
+from searche1_lite.adapter import drop_adapter, keep_adapter_fp32, use_adapter
 from searche1_lite.benchmarks import check_enough
 from searche1_lite.collapse import CollapseWatch, step_figures
 from searche1_lite.config import Config
@@ -38,7 +39,7 @@ from searche1_lite.guard import UpdateGuard, finite_or_none
 from searche1_lite.interrupt import Stop
 from searche1_lite.logprobs import completion_hidden, token_logprobs
 from searche1_lite.microbatch import micro_batches
-from searche1_lite.model import compute_context, drop_adapter, keep_adapter_fp32, use_adapter
+from searche1_lite.model import compute_context
 from searche1_lite.reward import Reward, earned
 from searche1_lite.seeding import derive_seed
 from searche1_lite.shrinking import Limit, in_smaller_passes

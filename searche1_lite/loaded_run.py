@@ -13,12 +13,13 @@ import psutil
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from searche1_lite.adapter import adapter_digest
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, what_counts
 from searche1_lite.distributed import agreeing, gather, share
 from searche1_lite.engine import uses_shadow
 from searche1_lite.interrupt import Stop
-from searche1_lite.model import adapter_digest, load_policy, shadow_bytes
+from searche1_lite.model import load_policy, shadow_bytes
 from searche1_lite.protocol import Protocol
 from searche1_lite.reward import Reward
 from searche1_lite.rollout import rollout

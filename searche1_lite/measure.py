@@ -284,7 +284,8 @@ def _dense_step(model: "PeftModel", config: Config, stage: str) -> float:
     import torch
     from torch.nn import functional as F
 
-    from searche1_lite.model import compute_context, drop_adapter, snapshot_adapter, use_adapter
+    from searche1_lite.adapter import drop_adapter, snapshot_adapter, use_adapter
+    from searche1_lite.model import compute_context
 
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

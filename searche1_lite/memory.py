@@ -23,13 +23,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from trl.kernels import chunked_divergence, chunked_logprob
 
+from searche1_lite.adapter import lora_config
 from searche1_lite.config import Config, ModelConfig
 from searche1_lite.divergence import divergence
 from searche1_lite.engine import PREFILL_TOKENS, pick_tokens, uses_shadow
 from searche1_lite.kv_cache import SlotCache, grouped
 from searche1_lite.logprobs import hidden_states, token_logprobs
 from searche1_lite.microbatch import fullest
-from searche1_lite.model import compute_context, lora_config
+from searche1_lite.model import compute_context
 
 Device = Literal["cuda", "cpu"]
 Pass = Callable[[PeftModel, Config], Iterator[list[torch.Tensor]]]

@@ -1,20 +1,18 @@
-"""The policy: a 4-bit base, one LoRA adapter on it, and frozen copies of that adapter.
+"""The policy: a 4-bit base with one LoRA adapter on it (`adapter.py`).
 
 Everything that changes shape or precision of the policy is here. The base is never merged into: re-quantising it would
-move the policy. LoRA weights are fp32 masters on every device; activations and the KV cache are in the compute dtype.
+move the policy. Activations and the KV cache are in the compute dtype.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoModelForCausalLM,
@@ -25,14 +23,12 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from searche1_lite.adapter import check_base, load_adapter_weights, lora_config
 from searche1_lite.config import ModelConfig
 from searche1_lite.errors import UserError
 from searche1_lite.hub import download_folder
-from searche1_lite.model_files import check_model_files, check_weights, read_adapter_config, read_adapter_weights
+from searche1_lite.model_files import check_model_files, check_weights, read_adapter_config
 from searche1_lite.seeding import derive_seed
-
-ADAPTER = "default"
-"""The adapter that is trained, saved and loaded."""
 
 _DEMO_POLICY = Path(__file__).parent / "demo" / "policy"
 
@@ -153,18 +149,6 @@ def plain_linear(layer: Any, dtype: torch.dtype) -> torch.nn.Linear:
     return plain
 
 
-def lora_config(config: ModelConfig) -> LoraConfig:
-    """LoRA on every linear layer but the output embeddings, without dropout."""
-    return LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules="all-linear",  # PEFT leaves the output embeddings out of it
-        task_type="CAUSAL_LM",
-    )
-
-
 def load_policy(
     config: ModelConfig, *, adapter: Path | None = None, seed: int
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -182,7 +166,7 @@ def load_policy(
     source = resolve_model(config.name)
     peft_config = lora_config(config) if adapter is None else read_adapter_config(adapter)
     if adapter is not None:
-        _check_base(adapter, peft_config, config.name)
+        check_base(adapter, peft_config, config.name)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     dtype = compute_dtype(device)
     quantization = (
@@ -285,157 +269,3 @@ def _set_padding(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
-
-
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Writes the trained adapter alone: `adapter_model.safetensors` and `adapter_config.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, selected_adapters=[ADAPTER], safe_serialization=True, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's, which names folders of this machine
-
-
-def load_adapter_weights(model: PeftModel, folder: Path) -> None:
-    """Copies a saved adapter into the trained one, in place (parameters keep their identity, so optimizers stay valid).
-
-    Raises:
-        UserError: if the folder holds no adapter, or one for another base model or of another shape.
-    """
-    saved, own = read_adapter_config(folder), model.peft_config[ADAPTER]
-    _check_base(folder, saved, own.base_model_name_or_path)
-    if (saved.r, saved.lora_alpha) != (own.r, own.lora_alpha):
-        raise UserError(
-            f"the adapter in {folder} has rank {saved.r} and alpha {saved.lora_alpha}, but this run uses rank {own.r} "
-            f"and alpha {own.lora_alpha}; set model.lora_rank and model.lora_alpha to the former"
-        )
-    weights = read_adapter_weights(folder)
-    targets = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    for name in sorted(weights.keys() | targets.keys()):
-        theirs = tuple(weights[name].shape) if name in weights else "nothing"
-        ours = tuple(targets[name].shape) if name in targets else "nothing"
-        if theirs != ours:
-            raise UserError(
-                f"the adapter in {folder} does not fit {own.base_model_name_or_path!r}: at {name} it has {theirs}, "
-                f"the model {ours}; give an adapter trained on this very base"
-            )
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(weights[name])
-
-
-def _check_base(folder: Path, saved: LoraConfig, name: str | None) -> None:
-    if not _same_model(saved.base_model_name_or_path, name):
-        raise UserError(
-            f"the adapter in {folder} is for the base model {saved.base_model_name_or_path!r}, but this run uses "
-            f"{name!r}; set model.name (or --preset) to the former or give another adapter"
-        )
-
-
-def _same_model(one: str | None, other: str | None) -> bool:
-    if one == other:
-        return True
-    if one is None or other is None:
-        return False
-    one_path, other_path = Path(one).expanduser(), Path(other).expanduser()
-    return one_path.is_dir() and other_path.is_dir() and one_path.resolve() == other_path.resolve()
-
-
-def _adapter_parameters(model: PeftModel, name: str) -> dict[str, torch.nn.Parameter]:
-    """Parameters of one adapter, keyed by their names with the adapter's own name cut out."""
-    marker = f".{name}."
-    return {
-        key.replace(marker, "."): parameter
-        for key, parameter in model.named_parameters()
-        if marker in key and "lora_" in key
-    }
-
-
-def adapter_digest(model: PeftModel) -> str | None:
-    """SHA-256 of the trained adapter's weights; None if it is as LoRA begins, which computes what the base does."""
-    parameters = _adapter_parameters(model, ADAPTER)
-    if not any(parameter.any() for name, parameter in parameters.items() if "lora_B" in name):
-        return None
-    settings = model.peft_config[ADAPTER]
-    digest = hashlib.sha256(f"{settings.lora_alpha} / {settings.r}".encode())
-    for name, parameter in sorted(parameters.items()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def snapshot_adapter(model: PeftModel, name: str = "teacher") -> None:
-    """Adds the frozen adapter `name`, a copy of the trained one, or brings it up to date if it is there.
-
-    The active adapter and every other parameter's `requires_grad` stay as they were.
-    """
-    if name == ADAPTER:
-        raise ValueError(f"a snapshot cannot be called {ADAPTER!r}: that is the adapter being trained")
-    if name not in model.peft_config:
-        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
-        # Injecting draws initial weights that are overwritten at once; the caller's random state must not notice.
-        with torch.random.fork_rng(devices=devices):
-            model.add_adapter(name, deepcopy(model.peft_config[ADAPTER]))
-        for parameter in model.parameters():
-            parameter.requires_grad_(flags.get(parameter, False))
-    source, copy = _adapter_parameters(model, ADAPTER), _adapter_parameters(model, name)
-    with torch.no_grad():
-        for key, parameter in copy.items():
-            parameter.data = source[key].detach().clone()
-            parameter.requires_grad_(False)
-
-
-def drop_adapter(model: PeftModel, name: str) -> None:
-    """Removes a snapshot; nothing happens if there is none of that name."""
-    if name == ADAPTER:
-        raise ValueError("the trained adapter cannot be dropped")
-    if name in model.peft_config:
-        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        model.delete_adapter(name)
-        for parameter in model.parameters():
-            parameter.requires_grad_(flags[parameter])
-
-
-@contextmanager
-def use_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
-    """Runs the body with adapter `name` active, or with the bare base for None.
-
-    The active adapter, whether adapters were disabled, and every `requires_grad` flag are as before afterwards; inside,
-    the flags are as before too, so a frozen snapshot stays frozen. Contexts nest.
-    """
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    active = model.active_adapter
-    disabled = any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
-
-    def switch(adapter: str | None, off: bool) -> None:
-        if adapter is not None:
-            model.set_adapter(adapter)
-        if off:
-            model.base_model.disable_adapter_layers()
-        else:
-            model.base_model.enable_adapter_layers()
-        # PEFT turns gradients on and off with the adapters; put back what the owner of each parameter chose.
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-
-    switch(name, off=name is None)
-    try:
-        yield
-    finally:
-        switch(active, off=disabled)
-
-
-@contextmanager
-def keep_adapter_fp32(model: PeftModel) -> Iterator[None]:
-    """For the constructor of a TRL trainer, which rounds a 4-bit model's trainable LoRA weights to bf16.
-
-    Afterwards the weights are fp32 again, bit for bit as before: the policy does not move, and no small update is lost.
-    """
-    masters = {
-        name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            if name in masters:
-                parameter.data = masters[name]

@@ -22,6 +22,7 @@ from trl import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 from trl.trainer.utils import pad
 
+from searche1_lite.adapter import drop_adapter, keep_adapter_fp32, snapshot_adapter, use_adapter
 from searche1_lite.config import Config, OFSDStageConfig
 from searche1_lite.distributed import (
     agreeing,
@@ -37,7 +38,7 @@ from searche1_lite.guard import UpdateGuard
 from searche1_lite.interrupt import Stop
 from searche1_lite.logprobs import completion_hidden, token_logprobs
 from searche1_lite.microbatch import micro_batches
-from searche1_lite.model import compute_context, drop_adapter, keep_adapter_fp32, snapshot_adapter, use_adapter
+from searche1_lite.model import compute_context
 from searche1_lite.pairs import Pair, teacher_prompts
 from searche1_lite.protocol import Protocol
 from searche1_lite.seeding import derive_seed

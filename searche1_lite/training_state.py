@@ -25,11 +25,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
+from searche1_lite.adapter import load_adapter_weights, save_adapter
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.distributed import telling_of_losses, uses_deepspeed
 from searche1_lite.errors import UserError
 from searche1_lite.interrupt import Interrupted
-from searche1_lite.model import load_adapter_weights, save_adapter
 
 Resumed = tuple[Path, dict[str, Any]]
 """A checkpoint within a stage, and what it says about the stage."""
@@ -195,7 +195,7 @@ def saving_arguments(keeper: StageKeeper | None) -> dict[str, Any]:
 def _copy_of(model: PeftModel) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
-    from searche1_lite.model import ADAPTER
+    from searche1_lite.adapter import ADAPTER
 
     weights = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}

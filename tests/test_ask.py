@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from searche1_lite.adapter import adapter_digest, save_adapter
 from searche1_lite.answer_view import AnswerView, Reasoning, comparison_table, figures
 from searche1_lite.ask import Asker, AskSettings, Comparison, Event, Found, Searched, Told, Wrote, _WatchedEpisode
 from searche1_lite.benchmarks import load_questions
@@ -21,7 +22,7 @@ from searche1_lite.config import ModelConfig, load_config
 from searche1_lite.console import RichTasks
 from searche1_lite.errors import UserError
 from searche1_lite.loaded_run import Run
-from searche1_lite.model import adapter_digest, load_policy, save_adapter
+from searche1_lite.model import load_policy
 from searche1_lite.pipe import LONGEST_LINE, QuestionLines
 from searche1_lite.protocol import Protocol
 from searche1_lite.search.base import Passage

@@ -21,6 +21,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from searche1_lite.adapter import save_adapter
 from searche1_lite.benchmarks import load_questions
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, dump_config, load_config
@@ -37,7 +38,7 @@ from searche1_lite.export import (
 )
 from searche1_lite.loaded_run import Run
 from searche1_lite.merge import merge, save_merged
-from searche1_lite.model import load_policy, resolve_model, save_adapter
+from searche1_lite.model import load_policy, resolve_model
 from searche1_lite.search.progress import SILENT
 from searche1_lite.trajectory import Question, Trajectory
 

@@ -27,13 +27,14 @@ from trl.trainer.utils import RepeatSampler
 
 from searche1_lite import grpo, stage_trainer
 from searche1_lite import model as model_module
+from searche1_lite.adapter import keep_adapter_fp32, save_adapter
 from searche1_lite.config import Config, EngineConfig, GRPOStageConfig, ModelConfig, OFSDStageConfig
 from searche1_lite.engine import Decoder
 from searche1_lite.errors import UserError
 from searche1_lite.grpo import RolloutGRPOTrainer, earned_reward, question_order, train_grpo
 from searche1_lite.interrupt import Stop
 from searche1_lite.logprobs import token_logprobs
-from searche1_lite.model import keep_adapter_fp32, load_policy, save_adapter
+from searche1_lite.model import load_policy
 from searche1_lite.ofsd import train_ofsd
 from searche1_lite.pairs import select_pairs
 from searche1_lite.protocol import Protocol

@@ -10,20 +10,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from searche1_lite.config import ModelConfig
-from searche1_lite.errors import UserError
-from searche1_lite.model import (
+from searche1_lite.adapter import (
     adapter_digest,
     drop_adapter,
     load_adapter_weights,
-    load_policy,
-    resolve_model,
     save_adapter,
-    shadow_bytes,
-    shadow_weights,
     snapshot_adapter,
     use_adapter,
 )
+from searche1_lite.config import ModelConfig
+from searche1_lite.errors import UserError
+from searche1_lite.model import load_policy, resolve_model, shadow_bytes, shadow_weights
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])

@@ -19,11 +19,12 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import searche1_lite
+from searche1_lite.adapter import load_adapter_weights, save_adapter
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, ModelConfig, load_config
 from searche1_lite.doctor import model_shape
 from searche1_lite.errors import UserError
-from searche1_lite.model import load_adapter_weights, load_policy, save_adapter
+from searche1_lite.model import load_policy
 from searche1_lite.search.bm25 import BM25Retriever
 from searche1_lite.search.download import unpack
 from searche1_lite.search.store import JsonlStore

@@ -21,11 +21,12 @@ from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
+from searche1_lite.adapter import save_adapter
 from searche1_lite.ask import Asker
 from searche1_lite.config import ModelConfig, load_config
 from searche1_lite.console import RichTasks
 from searche1_lite.loaded_run import Run
-from searche1_lite.model import load_policy, save_adapter
+from searche1_lite.model import load_policy
 from searche1_lite.report.escaping import visible
 from searche1_lite.search.base import Passage
 from searche1_lite.serving import GuardedServer, Place, listen

@@ -24,8 +24,9 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
+from searche1_lite.adapter import keep_adapter_fp32
 from searche1_lite.engine import SampledTurn
-from searche1_lite.model import compute_context, compute_dtype, keep_adapter_fp32
+from searche1_lite.model import compute_context, compute_dtype
 from searche1_lite.protocol import STOP_TAGS, Action, Protocol
 from searche1_lite.rollout import Episode
 from searche1_lite.search.base import Passage, Retriever
