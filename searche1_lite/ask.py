@@ -14,10 +14,11 @@ from tokenizers.decoders import DecodeStream
 
 from searche1_lite.adapter import load_adapter_weights, use_adapter
 from searche1_lite.engine import SampledTurn
+from searche1_lite.episode import Episode
 from searche1_lite.errors import UserError
 from searche1_lite.loaded_run import Run
 from searche1_lite.protocol import Action, Protocol, check_question
-from searche1_lite.rollout import Episode, rollout
+from searche1_lite.rollout import rollout
 from searche1_lite.search.base import Passage
 from searche1_lite.sources import Source, find_sources
 from searche1_lite.stopping import end_ids

@@ -31,10 +31,11 @@ from searche1_lite.benchmarks import load_questions
 from searche1_lite.config import load_config
 from searche1_lite.console import bench_tables
 from searche1_lite.engine import SampledTurn
+from searche1_lite.episode import Episode
 from searche1_lite.errors import UserError
 from searche1_lite.model import load_policy
 from searche1_lite.protocol import Action, Protocol
-from searche1_lite.rollout import Episode, RolloutTimes
+from searche1_lite.rollout import RolloutTimes
 from searche1_lite.trajectory import Trajectory
 
 LOOPS = ("ours", "trl", "reprefill")

@@ -22,10 +22,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 from searche1_lite.config import EngineConfig, load_config
 from searche1_lite.demo.tokenizer import build_tokenizer
 from searche1_lite.engine import SampledTurn
+from searche1_lite.episode import Episode
 from searche1_lite.errors import UserError
 from searche1_lite.model import load_policy
 from searche1_lite.protocol import TAGS, Protocol, escape
-from searche1_lite.rollout import Episode, rollout
+from searche1_lite.rollout import rollout
 from searche1_lite.search.base import Passage
 from searche1_lite.search.bm25 import BM25Retriever
 from searche1_lite.search.corpus import check_corpus, read_passages

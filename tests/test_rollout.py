@@ -16,8 +16,9 @@ from searche1_lite import engine
 from searche1_lite import rollout as rollout_module
 from searche1_lite.config import EngineConfig
 from searche1_lite.engine import SampledTurn
+from searche1_lite.episode import Episode
 from searche1_lite.protocol import Protocol
-from searche1_lite.rollout import Episode, Play, RolloutTimes, rollout
+from searche1_lite.rollout import Play, RolloutTimes, rollout
 from searche1_lite.search.base import Passage
 from searche1_lite.stopping import end_ids
 from searche1_lite.trajectory import Question, Trajectory

@@ -9,8 +9,9 @@ from searche1_lite.bench.rollout import Workload
 from searche1_lite.bench.simulation import Script, Written, script_of, simulate
 from searche1_lite.benchmarks import load_questions
 from searche1_lite.config import load_config
+from searche1_lite.episode import Episode
 from searche1_lite.model import load_policy
-from searche1_lite.rollout import HEAD_START, Episode, RolloutTimes
+from searche1_lite.rollout import HEAD_START, RolloutTimes
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from searche1_lite.adapter import keep_adapter_fp32
 from searche1_lite.engine import SampledTurn
+from searche1_lite.episode import Episode
 from searche1_lite.model import compute_context, compute_dtype
 from searche1_lite.protocol import STOP_TAGS, Action, Protocol
-from searche1_lite.rollout import Episode
 from searche1_lite.search.base import Passage, Retriever
 from searche1_lite.stopping import end_ids
 from searche1_lite.trajectory import Question, Trajectory

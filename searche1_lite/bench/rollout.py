@@ -24,10 +24,11 @@ from searche1_lite.bench.prediction import predict
 from searche1_lite.benchmarks import load_questions
 from searche1_lite.config import Config, load_config
 from searche1_lite.engine import Decoder, SampledTurn, uses_shadow
+from searche1_lite.episode import Episode
 from searche1_lite.measure import save_random_base
 from searche1_lite.model import load_policy
 from searche1_lite.protocol import Action, Protocol
-from searche1_lite.rollout import Episode, RolloutTimes, rollout
+from searche1_lite.rollout import RolloutTimes, rollout
 from searche1_lite.search.base import Passage, Retriever
 from searche1_lite.search.catalog import open_retriever
 from searche1_lite.search.index import cache_folder

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from searche1_lite.engine import Decoder, SampledTurn
+from searche1_lite.episode import Episode
 from searche1_lite.protocol import Action
-from searche1_lite.rollout import Episode, Play, RolloutTimes, Seat
+from searche1_lite.rollout import Play, RolloutTimes, Seat
 from searche1_lite.search.base import Passage
 from searche1_lite.stopping import TagAutomaton
 from searche1_lite.trajectory import Question, Trajectory
