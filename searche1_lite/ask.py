@@ -277,6 +277,7 @@ class Asker:
                 seed_parts=(settings.seed, "ask"),
                 greedy=greedy,
                 prompts=prompts,
+                decoder=work.decoder,
                 **watched,
             )
 

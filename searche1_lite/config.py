@@ -161,13 +161,16 @@ class DataConfig:
 
 @dataclass(config=_STRICT)
 class EngineConfig:
+    backend: Literal["torch", "vllm"] = "torch"
+    """What rollouts are computed with. `vllm`: vLLM, an extra, with a copy of the base of its own."""
     batch_size: PositiveInt = 64
     """Episodes decoded side by side."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature of rollouts; evaluation is greedy."""
     shadow: Literal["auto", "always", "never"] = "auto"
     """Compute rollouts with a plain copy of the 4-bit weights, the adapter added: faster for many rows, but it takes
-    memory. `auto`: where the memory plan has room for it."""
+    memory. `auto`: where the memory plan has room for it. vLLM keeps its own copy in 4 bits on a GPU unless `always`,
+    and never adds the adapter."""
 
 
 @dataclass(config=_STRICT)

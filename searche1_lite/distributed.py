@@ -74,11 +74,13 @@ def uses_deepspeed() -> bool:
 
 
 def check_share(config: "Config") -> None:
-    """Refuses a number of processes among which a step cannot be shared out evenly.
+    """Refuses a number of processes among which a step cannot be shared out evenly, and vLLM in several.
 
     Raises:
         UserError: for such a one.
     """
+    if world_size() > 1 and config.engine.backend == "vllm":
+        raise _alike("engine.backend=vllm is for one process; set engine.backend=torch to train with several")
     sizes = {"grpo.questions_per_step": config.grpo.questions_per_step}
     if config.ofsd.enabled:
         sizes["ofsd.batch_size"] = config.ofsd.batch_size

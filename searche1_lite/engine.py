@@ -11,7 +11,7 @@ update. On a GPU a step whose shape lasts is captured as a graph.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ class UniformStream:
     """The random numbers of one trajectory, drawn from its own seed and nothing else."""
 
     def __init__(self, seed: int) -> None:
+        self.seed = seed
         self._generator = np.random.Generator(np.random.Philox(seed))
         self._block: list[float] = []
 
@@ -91,7 +92,25 @@ def pick_tokens(
 
 def uses_shadow(engine: EngineConfig, device: str, rows: int) -> bool:
     """Whether rollouts of so many rows compute with `model.shadow_weights`, if there is memory for them."""
+    if engine.backend != "torch":
+        return False
     return engine.shadow == "always" or (engine.shadow == "auto" and (device == "cpu" or rows >= SHADOW_ROWS))
+
+
+class RolloutDecoder(Protocol):
+    """What `rollout` plays episodes with; `Decoder` says what each method is for."""
+
+    @property
+    def writing(self) -> np.ndarray: ...
+    def prefill(self, slots: Sequence[int], chunks: Sequence[list[int]]) -> None: ...
+    def share(self, source: int, target: int, length: int) -> None: ...
+    def move(self, source: int, target: int) -> None: ...
+    def release(self, slot: int) -> None: ...
+    def begin(self, slot: int, token: int, budget: int, stream: UniformStream | None) -> None: ...
+    def written(self, slot: int) -> list[int]: ...
+    def step(self) -> list[tuple[int, SampledTurn]]: ...
+    def rows_for(self, rows: int) -> int: ...
+    def close(self) -> None: ...
 
 
 class Decoder:
@@ -209,9 +228,12 @@ class Decoder:
         self._counts[slot] = self._states[slot] = 0
         self._turns[slot], self._streams[slot] = SampledTurn(), stream
 
-    def last_token(self, slot: int) -> int:
-        """What the row wrote last."""
-        return int(self._tokens[slot])
+    def written(self, slot: int) -> list[int]:
+        """What the last step wrote in a row that was writing."""
+        return [int(self._tokens[slot])]
+
+    def close(self) -> None:
+        """The rollout is over, or broke off. Nothing outlives the decoder itself."""
 
     def step(self) -> list[tuple[int, SampledTurn]]:
         """Writes one token in each writing row; gives the rows whose turn it ended, with their turns.

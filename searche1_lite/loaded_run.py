@@ -17,7 +17,7 @@ from searche1_lite.adapter import adapter_digest
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, what_counts
 from searche1_lite.distributed import agreeing, gather, share
-from searche1_lite.engine import uses_shadow
+from searche1_lite.engine import Decoder, RolloutDecoder, uses_shadow
 from searche1_lite.interrupt import Stop
 from searche1_lite.model import load_policy, shadow_bytes
 from searche1_lite.protocol import Protocol
@@ -54,6 +54,10 @@ class Run:
         reward: Reward | None = None,
     ) -> None:
         self.config, self.progress, self.reward, self.stop = config, progress, reward, Stop()
+        if config.engine.backend == "vllm":
+            from searche1_lite.vllm_engine import VllmEngine, check_installed
+
+            check_installed()
         retriever = retriever or open_retriever(config.search, progress=progress)
         self.model: PeftModel
         self.tokenizer: PreTrainedTokenizerBase
@@ -63,6 +67,9 @@ class Run:
         self.engine, self.slots = config.engine, Limit("engine.batch_size", config.engine.batch_size)
         if config.engine.shadow == "auto" and not _has_room_for_shadow(config, self.model):
             self.engine = replace(config.engine, shadow="never")
+        self.decoder: Callable[..., RolloutDecoder] = Decoder
+        if config.engine.backend == "vllm":
+            self.decoder = VllmEngine(config, self.model, self.tokenizer).decoder
 
     def rollout(
         self, questions: Sequence[Question], n: int, seed_parts: Sequence[int | str], **how: Any
@@ -80,6 +87,7 @@ class Run:
             seed_parts=seed_parts,
             check=self.stop.check,
             slots=self.slots,
+            decoder=self.decoder,
             **how,
         )
 
@@ -141,7 +149,7 @@ class Run:
         asked = {
             "policy": (config.model.name, config.model.revision, config.model.quantization, adapter_digest(self.model)),
             "environment": {k: v for k, v in what_counts(config).items() if k.startswith(("search.", "protocol."))},
-            "arithmetic": (config.engine.batch_size, config.engine.shadow),
+            "arithmetic": (config.engine.backend, config.engine.batch_size, config.engine.shadow),
             "decoding": "greedy" if greedy else (config.engine.temperature, *seed_parts),
             "questions": [(question.id, question.question, question.golden_answers) for question in questions],
             "n": n,

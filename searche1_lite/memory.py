@@ -323,16 +323,17 @@ def plan_memory(
     if dtype is None:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
     whole = _skeleton(shape, config.model, dtype, None)
-    weights = adapter = shadow = 0
+    weights = quantized = adapter = shadow = 0
     adapted = {id(module.weight) for module in _quantized(whole)}
     for parameter in whole.parameters():
         shadow += dtype.itemsize * parameter.numel() if id(parameter) in adapted else 0
         if parameter.requires_grad:
             adapter += 4 * parameter.numel()
         elif id(parameter) in adapted and config.model.quantization == "nf4":
-            weights += nf4_bytes(parameter.numel())
+            quantized += nf4_bytes(parameter.numel())
         else:
             weights += parameter.numel() * parameter.element_size()
+    weights += quantized
     layers = shape.get_text_config().num_hidden_layers
 
     def measure(run: Pass) -> int:
@@ -348,6 +349,9 @@ def plan_memory(
     # On a GPU captured steps keep memory of their own.
     rest = sum(parts) if device == "cuda" else max(parts)
     stages["rollout"] = fixed | optimizer | {"KV cache": cache, "activations, logits": rest}
+    if config.engine.backend == "vllm":  # on a GPU asleep in the other stages
+        plain = device == "cpu" or config.engine.shadow == "always"
+        stages["rollout"]["vLLM's weights"] = weights - quantized + shadow if plain and quantized else weights
     if uses_shadow(config.engine, device, config.engine.batch_size):
         needed = sum(stages["rollout"].values()) + shadow
         fits = device == "cpu" if capacity is None else needed <= capacity

@@ -163,7 +163,7 @@ def load_policy(
         UserError: for a missing folder, a hub that does not give it, a base without sound safetensors, or an unfit
             adapter.
     """
-    source = resolve_model(config.name)
+    resolve_model(config.name)
     peft_config = lora_config(config) if adapter is None else read_adapter_config(adapter)
     if adapter is not None:
         check_base(adapter, peft_config, config.name)
@@ -179,7 +179,7 @@ def load_policy(
         if config.quantization == "nf4"
         else None
     )
-    folder = _fetch_model(source, config)
+    folder = model_folder(config)
     try:
         tokenizer = _load_tokenizer(folder, config.trust_remote_code)
         base, loading = AutoModelForCausalLM.from_pretrained(
@@ -226,12 +226,14 @@ def load_policy(
     return model, tokenizer
 
 
-def _fetch_model(source: str, config: ModelConfig) -> Path:
+def model_folder(config: ModelConfig) -> Path:
     """The base's folder, fetched from the hub first if it is not one here, with weights that are whole.
 
     Raises:
-        UserError: as `download_folder` does; also if there are no safetensors, a shard is missing, or one is damaged.
+        UserError: as `resolve_model` and `download_folder` do; also if there are no safetensors, a shard is missing,
+            or one is damaged.
     """
+    source = resolve_model(config.name)
     folder = Path(source)
     if not folder.is_dir():
         patterns = [*_MODEL_FILES, *(["*.py"] if config.trust_remote_code else [])]

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from searche1_lite.config import EngineConfig
-from searche1_lite.engine import Decoder, SampledTurn, UniformStream, uses_shadow
+from searche1_lite.engine import Decoder, RolloutDecoder, SampledTurn, UniformStream, uses_shadow
 from searche1_lite.episode import Episode
 from searche1_lite.model import compute_context, shadow_weights
 from searche1_lite.protocol import Action, Protocol
@@ -69,7 +69,7 @@ def rollout(
     episode: Callable[..., Episode] = Episode,
     times: RolloutTimes | None = None,
     slots: Limit | None = None,
-    decoder: Callable[..., Decoder] = Decoder,
+    decoder: Callable[..., RolloutDecoder] = Decoder,
 ) -> list[Trajectory]:
     """`n` fresh episodes for each question, question by question.
 
@@ -89,7 +89,7 @@ def rollout(
         times: where the time spent is added up, by part.
         slots: in place of `engine.batch_size`; if the GPU's memory runs out, it is lowered and what was unfinished is
             played again. None: the error is the caller's.
-        decoder: makes what writes, to be replaced where a benchmark watches it.
+        decoder: makes what writes: `VllmEngine.decoder` for vLLM's, or one that a benchmark watches.
 
     Raises:
         UserError: with `slots`, if an episode by itself is too much.
@@ -136,7 +136,10 @@ def rollout(
                 logprobs=logprobs,
             )
             waiting = [seat for seat in filled if not seat.episode.over]
-            Play(writer, retriever, k, rows, cpu, times, on_progress, on_token, check).run(waiting)
+            try:
+                Play(writer, retriever, k, rows, cpu, times, on_progress, on_token, check).run(waiting)
+            finally:
+                writer.close()
         return filled
 
     was_training = model.training
@@ -197,7 +200,7 @@ class Play:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: RolloutDecoder,
         retriever: Retriever,
         k: int,
         rows: int,
@@ -303,7 +306,8 @@ class Play:
         with self._clock("decode"):
             ended = self._decoder.step()
         for slot in writing:
-            self._on_token(self._at[slot].episode, self._decoder.last_token(slot))  # type: ignore[misc, union-attr]
+            for token in self._decoder.written(slot):
+                self._on_token(self._at[slot].episode, token)  # type: ignore[misc, union-attr]
         self._step += 1
         self._times.decode_steps += 1
         searches: list[tuple[Seat, Action, SampledTurn]] = []

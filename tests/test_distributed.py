@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import load_config
 from searche1_lite.console import RichTasks
-from searche1_lite.distributed import share
+from searche1_lite.distributed import check_share, share
+from searche1_lite.errors import UserError
 from searche1_lite.evolve import run
 
 SETTINGS = [
@@ -209,6 +210,17 @@ def test_a_step_that_cannot_be_shared_out_is_refused_in_one_line(tmp_path: Path)
     assert launcher.returncode not in (0, None) and len(said) == 1
     assert "grpo.questions_per_step=3" in said[0] and "multiple of 2" in said[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_vllm_in_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    config = load_config("demo", None, ["engine.backend=vllm"])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_share(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="engine.backend=vllm is for one process"):
+        check_share(config)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_the_metadata_says_version_licence_and_extras(built: tuple[Path, Path]) 
     (name,) = [name for name in archive.namelist() if name.endswith("METADATA")]
     facts = BytesParser().parsebytes(archive.read(name))
     assert (facts["Version"], facts["License-Expression"]) == (searche1_lite.__version__, "Apache-2.0")
-    assert set(facts.get_all("Provides-Extra")) == {"dev", "serve", "tensorboard", "trackio", "wandb", "web"}
+    assert set(facts.get_all("Provides-Extra")) == {"dev", "serve", "tensorboard", "trackio", "vllm", "wandb", "web"}
     assert facts["Description-Content-Type"] == "text/markdown"
 
 

@@ -116,6 +116,10 @@ def start_jvm(max_heap: str = "1g") -> None:
             if java.version >= 23:  # Lucene's use of an old interface would be announced on stderr
                 options.append("--sun-misc-unsafe-memory-access=allow")
             jnius_config.add_options(*options)
+        # vLLM brings this library, which TRL loads where it finds vLLM. It takes over SIGSEGV, which Java raises on
+        # purpose; loaded before Java, it comes second.
+        if importlib.util.find_spec("tvm_ffi") is not None:
+            importlib.import_module("tvm_ffi")
         import jnius
 
         _quiet(jnius)
