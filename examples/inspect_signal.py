@@ -19,12 +19,13 @@ def main(out: str) -> None:
     from searche1_lite.diagnostics import watch
     from searche1_lite.pairs import select_pairs
 
-    shorter = ["rounds=1", "grpo.steps=4", "ofsd.questions=64", "data.evaluation_limit=50"]
+    shorter = ["rounds=1", "grpo.steps=2", "ofsd.questions=48", "data.evaluation_limit=20"]
     config = s1.load_config("demo", overrides=shorter)
     s1.train(config, out)
     lines = Path(out, "trajectories", "round1.ofsd.rollouts.jsonl").read_text(encoding="utf-8").splitlines()
     rollouts = [s1.Trajectory.from_dict(json.loads(line)) for line in lines]
-    pairs, counts = select_pairs(rollouts, config.ofsd.students)
+    found, counts = select_pairs(rollouts, config.ofsd.students)
+    pairs = found[:24]
     print(f"{counts['pairs']} pairs from {counts['questions']} questions; mean KL a token, in nats:")
     checkpoints = Path(out, "checkpoints")
     asker = s1.open_asker(config, checkpoints / "round1.grpo")

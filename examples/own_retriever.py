@@ -48,7 +48,7 @@ def main() -> None:
     s1.quieten()
     rows = World(DEMO_WORLD_SEED).passages()
     shelf = RareWords([s1.Passage(row["id"], *row["contents"].split("\n", 1)) for row in rows])
-    config = s1.load_config("demo", overrides=["data.evaluation_limit=200"])
+    config = s1.load_config("demo", overrides=["data.evaluation_limit=100"])
     for retriever in (None, shelf):
         found = s1.evaluate_policy(config, retriever=retriever)
         print(

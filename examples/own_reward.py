@@ -21,7 +21,7 @@ def right_and_brief(written: s1.Written) -> float:
 
 def main(out: str) -> None:
     s1.quieten()
-    shorter = ["rounds=1", "grpo.steps=8", "ofsd.enabled=false", "data.evaluation_limit=200"]
+    shorter = ["rounds=1", "grpo.steps=6", "ofsd.enabled=false", "data.evaluation_limit=100"]
     summary = s1.train(s1.load_config("demo", overrides=shorter), out, reward=right_and_brief)
     print(f"rewarded by {summary['reward']}")
     for stage in summary["stages"]:

@@ -355,6 +355,8 @@ def load_config(
 ) -> Config:
     """The run's settings: a preset, then a YAML file, then `key.sub=value` overrides; the last one said counts.
 
+    A corpus of one's own takes the place of the preset's index.
+
     Args:
         before: settings under nested or dotted keys that count less than the overrides, and more than the file.
         after: such settings that count more than all else.
@@ -367,9 +369,10 @@ def load_config(
         if preset not in preset_names():
             raise UserError(f"no preset {preset!r}; there are: {', '.join(preset_names())}")
         _merge(data, read_yaml(PRESETS / f"{preset}.yaml"))
+    given: dict[str, Any] = {}
     if file is not None:
-        _merge(data, read_yaml(Path(file)))
-    _merge(data, _nested(before or {}))
+        _merge(given, read_yaml(Path(file)))
+    _merge(given, _nested(before or {}))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not re.fullmatch(r"\w+(\.\w+)*", key.strip()):
@@ -378,8 +381,12 @@ def load_config(
             value = parse_yaml(text)
         except yaml.YAMLError as error:
             raise UserError(f"the value in {override!r} is not valid YAML; quote it") from error
-        _merge(data, _nested({key.strip(): value}))
-    _merge(data, _nested(after or {}))
+        _merge(given, _nested({key.strip(): value}))
+    _merge(given, _nested(after or {}))
+    search = given.get("search")
+    if isinstance(search, dict) and search.get("corpus") is not None and "index" not in search:
+        data.get("search", {}).pop("index", None)  # else a preset's Wikipedia would be searched, not what was given
+    _merge(data, given)
     return parse_config(data)
 
 

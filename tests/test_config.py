@@ -50,6 +50,26 @@ def test_the_last_of_preset_file_and_overrides_counts(tmp_path: Path) -> None:
     assert load_config() == default
 
 
+@pytest.mark.parametrize(
+    ("overrides", "index"),
+    [
+        (["search.corpus=mine"], None),
+        (["search.corpus=mine", "search.index=wiki-18"], "wiki-18"),
+        (["search.index=wiki-18", "search.corpus=mine"], "wiki-18"),
+        (["search.k=5"], "wikipedia-dpr-100w"),
+    ],
+)
+def test_a_corpus_of_ones_own_takes_the_place_of_the_presets_index(
+    overrides: list[str], index: str | None, tmp_path: Path
+) -> None:
+    assert load_config("qwen2.5-3b-12gb", None, overrides).search.index == index
+    file = write(tmp_path / "mine.yaml", "search: {corpus: mine}")
+    assert load_config("qwen2.5-3b-12gb", file).search.index is None
+    assert load_config("qwen2.5-3b-12gb", file, ["search.index=wiki-18"]).search.index == "wiki-18"
+    both = write(tmp_path / "both.yaml", "search: {corpus: mine, index: bare}")
+    assert load_config(None, both, ["search.corpus=other"]).search.index == "bare"
+
+
 def test_an_override_that_is_a_section_keeps_the_sections_other_keys(tmp_path: Path) -> None:
     file = write(tmp_path / "own.yaml", "grpo: {steps: 7, clip: 0.3}\n")
     grpo = load_config(None, file, ["grpo={steps: 8}"]).grpo

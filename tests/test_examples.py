@@ -14,6 +14,7 @@ from searche1_lite.reward import normalize_answer
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINE = re.compile(r"(\S.*): (\d\.\d\d) right, (\d\.\d\d) searches a question")
 
 
@@ -117,3 +118,6 @@ def test_planning_says_where_the_time_goes_and_how_it_shrinks_with_cards(tmp_pat
     for plan, total in zip(plans, hours, strict=True):
         told = [float(plan[rows[0][heads.index(part)]].split()[0]) for part in parts]
         assert sum(told) == pytest.approx(total, abs=0.3)
+        cards, step = (int(plan[rows[0][heads.index(head)]]) for head in ("cards", "questions a step"))
+        [shown] = re.findall(rf"^\| {cards} \| {step:,} \|.*$", README, re.MULTILINE)
+        assert f" {total} |" in shown, "README's table is this one"

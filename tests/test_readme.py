@@ -1,0 +1,229 @@
+"""README.md and those of examples/ say what is so: commands, links, files, tables, and what is in the layout.
+
+A command is a line of an indented block. It is run beside a small run of the demo, some with words added that make it
+short (`SHORTER`); or it is parsed by the real command line, and its settings and files are looked for, where it needs a
+GPU, the hub or minutes (`PARSED`); or it is another test's (`ELSEWHERE`). A line that is none of these fails. Blocks
+between fences are what programs print.
+"""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import typer
+
+from searche1_lite.cli import app
+from searche1_lite.config import load_config, preset_names
+from searche1_lite.sweep.plan import load_plan
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "examples").rglob("README.md")))
+}
+FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+COMMANDS: Any = typer.main.get_command(app)
+
+SHORT = ["grpo.steps=1", "grpo.questions_per_step=4", "ofsd.questions=8", "data.evaluation_limit=8"]
+SHORTER = {
+    "searche1-lite train --preset demo --config": ["grpo.steps=1", "grpo.questions_per_step=2", "ofsd.questions=4"],
+    "searche1-lite eval": ["--limit", "4"],
+}
+PARSED = {
+    "searche1-lite doctor": "its plan of a 3B model takes long, and it fails without a hub (tests/test_doctor.py)",
+    "searche1-lite train --yes": "needs a GPU and the hub",
+    "searche1-lite train --preset qwen2.5": "needs a GPU and the hub",
+    "searche1-lite train --config examples/countries": "42 minutes; tests/test_smollm2.py has it in miniature",
+    "searche1-lite ask --web": "serves until it is stopped (tests/test_web.py)",
+    "searche1-lite sweep": "takes minutes (tests/test_sweep.py)",
+    "searche1-lite bench": "takes minutes (tests/test_bench.py)",
+    "accelerate launch": "needs GPUs (tests/test_distributed.py has two processes on a CPU)",
+}
+ELSEWHERE = {
+    "python examples/python_api.py": "tests/test_examples.py",
+    "python examples/own_reward.py": "tests/test_examples.py",
+    "python examples/own_retriever.py": "tests/test_examples.py",
+    "python examples/inspect_signal.py": "tests/test_examples.py",
+    "python examples/planning.py": "tests/test_examples.py",
+    "python examples/countries/build.py": "tests/test_smollm2.py",
+}
+BY_HAND = {
+    "python tests/soak/": "minutes of faults, on a machine that has nothing else to do",
+    "python -m searche1_lite.demo.build": "takes 13 minutes",
+    "source .venv/bin/activate": "make demo has made it",
+    "python3.11 -m venv vllm-env": "an environment of 4.5 GB",
+    "vllm-env/bin/": "vLLM has an environment of its own",
+    "OMP_NUM_THREADS=1 vllm-env/bin/": "vLLM has an environment of its own",
+}
+RUN_FILES = ["config.yaml", "metrics.jsonl", "summary.json", "trajectories/", "checkpoints/", "report.html"]
+PLACEHOLDERS = {"sweep.json", "FILE.yaml", "tensorboard/", "runs/demo/report.html"}
+"""Files that a sweep (tests/test_sweep.py), TensorBoard (tests/test_logging.py) or the reader makes."""
+
+
+def commands(page: str) -> list[list[str]]:
+    """The lines of the page's indented blocks, as words."""
+    lines = FENCED.sub("", PAGES[page]).splitlines()
+    return [shlex.split(line, comments=True) for line in lines if re.match(r"    \S", line)]
+
+
+def kind(words: list[str], *kinds: Iterable[str]) -> str | None:
+    """Which of these beginnings the command has."""
+    return next((start for group in kinds for start in group if " ".join(words).startswith(start)), None)
+
+
+def run(words: list[str]) -> str:
+    """What `searche1-lite WORDS` prints on stdout, in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        code = COMMANDS.main(words, prog_name="searche1-lite", standalone_mode=False)
+    assert not code or (words[0] == "ask" and code == 3), f"{words}: exit status {code}"  # 3: it did not answer
+    return shown.getvalue()
+
+
+def check_parsed(words: list[str]) -> None:
+    """The command line takes these words, and the preset, files and overrides among them are there and make sense."""
+    if words[0] == "accelerate":
+        start = words.index("searche1_lite")
+        assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+        words = words[start:]
+    name, given = words[1], COMMANDS.commands[words[1]].make_context(words[1], words[2:]).params
+    if name == "sweep":
+        load_plan(ROOT / given["file"], given["overrides"] or [])
+    elif given.get("preset") or given.get("config"):
+        load_config(given["preset"], given["config"] and ROOT / given["config"], given["overrides"] or [])
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like the repository's root after `make demo`, whose run is shorter; `shown.txt` is what it printed."""
+    desk = tmp_path_factory.mktemp("desk")
+    (desk / "examples").symlink_to(ROOT / "examples")
+    shown = subprocess.run(["make", "-n", "demo", "test", "lint"], cwd=ROOT, capture_output=True, text=True, check=True)
+    train = next(line for line in shown.stdout.splitlines() if "searche1-lite train" in line)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(desk)
+        (desk / "shown.txt").write_text(run([*shlex.split(train)[1:], *SHORT]))
+    return desk
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_runs_or_is_one_that_cannot_run_here(
+    page: str, desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(desk)
+    monkeypatch.setenv("SEARCHE1_LITE_CACHE", str(desk / "cache"))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for words in commands(page):
+        command = " ".join(words)
+        if kind(words, PARSED) or (words[0] == "searche1-lite" and page == "examples/own_corpus/README.md"):
+            check_parsed(words)  # the corpus example's run in tests/test_examples.py
+        elif words[0] == "searche1-lite":
+            run([*words[1:], *SHORTER.get(kind(words, SHORTER) or "", [])])
+        elif words[:2] == ["python", "examples/plot_run.py"]:
+            subprocess.run([sys.executable, *words[1:]], check=True)
+        elif elsewhere := kind(words, ELSEWHERE):
+            assert Path(words[1]).name in (ROOT / ELSEWHERE[elsewhere]).read_text(), f"{command} is not run there"
+        elif words[0] == "make":
+            assert f"\n{words[1]}: " in (ROOT / "Makefile").read_text()
+        elif words[:2] == ["pip", "install"] and words[-1].startswith(".["):
+            assert words[-1][2:-1] in extras
+        else:
+            assert kind(words, BY_HAND), f"{page}: nothing is known about {command!r}"
+        if words[0] == "python":
+            there = find_spec(words[2]) if words[1] == "-m" else (ROOT / words[1]).is_file()
+            assert there, f"{command} is not there"
+
+
+def test_each_exception_is_of_a_command_that_stands_there() -> None:
+    there = [" ".join(words) for page in PAGES for words in commands(page)]
+    for start in (*SHORTER, *PARSED, *ELSEWHERE, *BY_HAND):
+        assert any(command.startswith(start) for command in there), start
+
+
+def test_a_runs_folder_holds_what_is_told_and_its_picture_can_be_drawn(desk: Path) -> None:
+    for name in RUN_FILES:
+        assert (desk / "runs" / "demo" / name).exists() and f"`{name}`" in README
+    picture = desk / "picture.svg"
+    subprocess.run([sys.executable, ROOT / "examples" / "plot_run.py", desk / "runs" / "demo", picture], check=True)
+    drawn = "".join(ElementTree.parse(picture).getroot().itertext())
+    stages = json.loads((desk / "runs" / "demo" / "summary.json").read_text())["stages"]
+    assert len(stages) == 5 and all(f"{stage['em']:.3f}" in drawn for stage in stages)
+
+
+def stage_tables(text: str) -> list[str]:
+    return [block for block in re.findall(r"(?:^.*[┏┃┡│└].*\n)+", text, re.MULTILINE) if "searches/" in block]
+
+
+def test_the_stage_table_is_as_train_prints_it_and_the_picture_has_its_figures(desk: Path) -> None:
+    (told,), (shown,) = stage_tables(README), stage_tables((desk / "shown.txt").read_text())
+    assert told.splitlines()[:4] == shown.splitlines()[:4], "the heading"
+    assert re.sub(r"\d+\.\d+|(?<= )\d+(?= │)|-(?= │)", "0", told).split() == (
+        re.sub(r"\d+\.\d+|(?<= )\d+(?= │)|-(?= │)", "0", shown).split()
+    )  # fmt: skip
+    title = (desk / "shown.txt").read_text().splitlines()[0]
+    assert f"\n{title}\n" in README
+    drawn = (ROOT / "examples" / "demo_run.svg").read_text()
+    exact_match, per_correct = re.findall(r"│ +(\d\.\d{3}) │", told), re.findall(r"│ +(\d\.\d\d) │ +\d+ │ +\d+ │", told)
+    assert len(exact_match) == len(per_correct) == 5
+    assert all(f">{figure}<" in drawn for figure in [*exact_match, *per_correct])
+    assert len(drawn) < 60_000 and f"from {exact_match[0]} to {exact_match[-1]}" in README
+
+
+def test_every_command_and_preset_is_told_with_options_that_there_are() -> None:
+    for name in preset_names():
+        assert f"`{name}`" in README, name
+    for name, command in COMMANDS.commands.items():
+        assert f"`searche1-lite {name} " in README, name
+        options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        for span in re.findall(rf"`searche1-lite {name} ([^`]*)`", "".join(PAGES.values())):
+            assert set(re.findall(r"--[a-z-]+", span)) <= options, span
+
+
+def anchors(text: str) -> set[str]:
+    """The headings' as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_internal_link_leads_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", PAGES[page])):
+        if not target.startswith("https://"):
+            file, _, anchor = target.partition("#")
+            linked = (ROOT / page).parent / file if file else ROOT / page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_named_is_there(page: str) -> None:
+    suffixes = "py|yaml|md|jsonl|json|html|txt|svg|toml|css|js"
+    spans = re.findall(rf"`((?:[\w.-]+/)*(?:[\w.-]+\.(?:{suffixes})|[\w.-]+/))`", FENCED.sub("", PAGES[page]))
+    assert spans
+    for span in set(spans) - set(RUN_FILES) - PLACEHOLDERS:
+        places = [(ROOT / page).parent / span, ROOT / span, ROOT / "searche1_lite" / span]
+        assert any(place.exists() for place in places), span
+
+
+def test_the_layout_names_every_module() -> None:
+    layout = README.partition("\n## Layout\n")[2].partition("\n## ")[0]
+    package = ROOT / "searche1_lite"
+    modules = [path.name for path in package.glob("*.py") if not path.name.startswith("__")]
+    folders = [f"{path.name}/" for path in package.iterdir() if path.is_dir() and path.name[0] not in "._"]
+    assert not [name for name in (*modules, *folders) if f"`{name}`" not in layout]
+
+
+def test_what_has_not_been_tried_is_said_before_what_has() -> None:
+    top = README.partition("\n## ")[0]
+    assert "No figure here is from a GPU" in top and "GRPO alone does better than GRPO + OFSD" in top
