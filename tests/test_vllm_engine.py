@@ -13,17 +13,18 @@ from conftest import byte_level_tokenizer, fresh_policy
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen2Config
 
-from searche1_lite.adapter import use_adapter
+from searche1_lite.adapter import save_adapter, use_adapter
 from searche1_lite.benchmarks import load_questions
 from searche1_lite.config import Config, EngineConfig, ModelConfig, ProtocolConfig, load_config
 from searche1_lite.engine import Decoder, UniformStream, uses_shadow
 from searche1_lite.errors import UserError
 from searche1_lite.loaded_run import Run
+from searche1_lite.merge import save_merged
 from searche1_lite.model import load_policy
 from searche1_lite.protocol import Protocol
 from searche1_lite.rollout import rollout
 from searche1_lite.search.progress import SILENT
-from searche1_lite.stopping import tag_automaton
+from searche1_lite.stopping import end_ids, tag_automaton
 from searche1_lite.trajectory import Question, Trajectory
 from searche1_lite.vllm_decoder import Row, sampling, take
 from searche1_lite.vllm_engine import (
@@ -387,3 +388,29 @@ def test_an_episode_longer_than_vllm_was_started_for_is_refused(demo) -> None:
     model, tokenizer, engine = demo
     with pytest.raises(UserError, match=r"^an episode of 5000 tokens is more than the \d+ that vLLM was started for"):
         engine.decoder(model, tokenizer, 1, 5000)
+
+
+@needs_vllm
+def test_a_merged_export_is_served_as_plain_transformers_has_it(demo, demo_questions, tmp_path: Path) -> None:
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    policy, tokenizer, _ = demo
+    save_adapter(policy, tmp_path / "adapter")
+    (tmp_path / "merged").mkdir()
+    save_merged(ModelConfig(name="demo"), tmp_path / "adapter", tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    protocol = Protocol(tokenizer, ProtocolConfig())
+    prompts = [protocol.prompt_ids(question.question) for question in demo_questions[:20]]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ends = sorted(end_ids(policy, tokenizer))
+    with torch.inference_mode():
+        wanted = [
+            plain.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=16, eos_token_id=ends)[0, len(ids) :]
+            for ids in prompts
+        ]
+    served = LLM(
+        str(tmp_path / "merged"), dtype="float32", enforce_eager=True, max_model_len=512, kv_cache_memory_bytes=2**26
+    )
+    settings = SamplingParams(temperature=0, max_tokens=16, stop_token_ids=ends)
+    outputs = served.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], settings, use_tqdm=False)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [ids.tolist() for ids in wanted]
