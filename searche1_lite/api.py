@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from searche1_lite.config import Config, default_preset, load_config
-from searche1_lite.distributed import check_alone, is_launched, join, one_first
+from searche1_lite.distributed import agreeing, check_alone, is_launched, join, one_first
 from searche1_lite.errors import UserError
 from searche1_lite.quiet import quieten
 from searche1_lite.search.progress import SILENT, Progress, say_on_stderr
@@ -97,8 +97,9 @@ def train(
     join(config)
     with one_first():
         questions = load_run_questions(config, say)  # faulty files are refused before a folder is made
-    folder = RunFolder(Path(out), config, resume)
-    folder.claim()
+    with agreeing():
+        folder = RunFolder(Path(out), config, resume)
+        folder.claim()
     try:
         with one_first():
             retriever = retriever or _open(config, yes, progress, say)

@@ -448,8 +448,7 @@ def main() -> None:
             raise
         message, exit_code = found
         if not (isinstance(error, UserError) and error.told_elsewhere):
-            from searche1_lite.distributed import is_first, rank
+            from searche1_lite.distributed import place
 
-            place = "" if is_first() else f"process {rank()}: "
-            print(f"error: {place}{' '.join(message.split())}", file=sys.stderr)
+            print(f"error: {place()}{' '.join(message.split())}", file=sys.stderr)
         sys.exit(exit_code)

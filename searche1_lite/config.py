@@ -355,7 +355,7 @@ def load_config(
 ) -> Config:
     """The run's settings: a preset, then a YAML file, then `key.sub=value` overrides; the last one said counts.
 
-    A corpus of one's own takes the place of the preset's index.
+    A corpus takes the place of an index that was named alone by one of those before it, such as a preset's Wikipedia.
 
     Args:
         before: settings under nested or dotted keys that count less than the overrides, and more than the file.
@@ -369,10 +369,10 @@ def load_config(
         if preset not in preset_names():
             raise UserError(f"no preset {preset!r}; there are: {', '.join(preset_names())}")
         _merge(data, read_yaml(PRESETS / f"{preset}.yaml"))
-    given: dict[str, Any] = {}
     if file is not None:
-        _merge(given, read_yaml(Path(file)))
-    _merge(given, _nested(before or {}))
+        _lay_over(data, read_yaml(Path(file)))
+    _lay_over(data, _nested(before or {}))
+    given: dict[str, Any] = {}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not re.fullmatch(r"\w+(\.\w+)*", key.strip()):
@@ -382,12 +382,17 @@ def load_config(
         except yaml.YAMLError as error:
             raise UserError(f"the value in {override!r} is not valid YAML; quote it") from error
         _merge(given, _nested({key.strip(): value}))
-    _merge(given, _nested(after or {}))
-    search = given.get("search")
-    if isinstance(search, dict) and search.get("corpus") is not None and "index" not in search:
-        data.get("search", {}).pop("index", None)  # else a preset's Wikipedia would be searched, not what was given
-    _merge(data, given)
+    _lay_over(data, given)
+    _lay_over(data, _nested(after or {}))
     return parse_config(data)
+
+
+def _lay_over(data: dict[str, Any], given: dict[str, Any]) -> None:
+    """`_merge`, where a corpus that is given now is what will be searched."""
+    there, now = data.get("search"), given.get("search")
+    if isinstance(there, dict) and isinstance(now, dict) and there.get("corpus") is None and now.get("corpus"):
+        there.pop("index", None)  # where a corpus is there already, the two belong together
+    _merge(data, given)
 
 
 def parse_config(data: dict[str, Any]) -> Config:

@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from searche1_lite.errors import UserError
+from searche1_lite.errors import UserError, explain
 from searche1_lite.interrupt import Interrupted, Stop
 from searche1_lite.trajectory import Trajectory
 
@@ -68,6 +68,11 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def place() -> str:
+    """How a line begins that one of several processes says for itself alone; nothing for the first."""
+    return "" if is_first() else f"process {rank()}: "
+
+
 def uses_deepspeed() -> bool:
     """Did the launcher say that DeepSpeed makes the updates?"""
     return is_launched() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
@@ -111,7 +116,7 @@ def join(config: "Config") -> None:
     """Meets the other processes, and has this one compute on the GPU of its place.
 
     Raises:
-        UserError: as `check_share` does.
+        UserError: as `check_share` and `check_alike` do.
     """
     if world_size() == 1:
         return
@@ -119,21 +124,51 @@ def join(config: "Config") -> None:
     import torch
     from accelerate import PartialState
 
+    from searche1_lite.config import what_counts
+
     with telling_of_losses():
         PartialState(cpu=not (torch.cuda.is_available() or uses_deepspeed()), timeout=PATIENCE)
-    wait_for_all()
+    check_alike(what_counts(config))
+
+
+def check_alike(settings: dict[str, Any]) -> None:
+    """Refuses processes that differ in what they were given: they would not come to the same steps.
+
+    Raises:
+        UserError: names the first thing in which one differs from the first process.
+    """
+    told = gather([settings])
+    for place, theirs in enumerate(told):
+        for name, value in told[0].items():
+            if theirs.get(name) != value:
+                raise _alike(
+                    f"the processes were not given the same: {name} is {value!r} in the first and {theirs.get(name)!r} "
+                    f"in process {place}; start all with the same settings and files"
+                )
 
 
 @contextmanager
 def one_first() -> Iterator[None]:
-    """Around what may fetch or build files: on each machine one process does it, then the others find them."""
+    """Around what may fetch or build files: on each machine one process does it, then the others find them.
+
+    Raises:
+        UserError: in all of them, if any has failed.
+    """
     if world_size() == 1:
         yield
         return
     from accelerate import PartialState
 
-    with telling_of_losses(), PartialState().local_main_process_first():
+    leads, failed = PartialState().is_local_main_process, None
+    if not leads:
+        _end_if_failed(None)
+    try:
         yield
+    except UserError as error:
+        failed = error
+    if leads:
+        _end_if_failed(failed)
+    _end_if_failed(failed)
 
 
 def wait_for_all() -> None:
@@ -166,17 +201,18 @@ def from_first(make: Callable[[], T]) -> T:
     """What `make` gives in the first process, where alone it is called.
 
     Raises:
-        UserError, OSError: that `make` raised there; in the other processes as `ToldElsewhereError`.
+        UserError: that `make` raised there, or for an OSError; in the other processes as `ToldElsewhereError`.
     """
     if world_size() == 1:
         return make()
     told: Any = None
-    failed: UserError | OSError | None = None
+    failed: UserError | None = None
     if is_first():
         try:
             told = [make(), None]
         except (UserError, OSError) as error:
-            failed, told = error, [None, (str(error), getattr(error, "exit_code", 1))]
+            message, code = explain(error) or (str(error), 1)
+            failed, told = UserError(message, code), [None, (message, code)]
     value, fault = _exchange(told)[0]
     if failed is not None:
         raise failed
@@ -222,7 +258,7 @@ def _from_json(found: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def agreeing(stop: Stop) -> Iterator[None]:
+def agreeing(stop: Stop | None = None) -> Iterator[None]:
     """Around what each process does by itself, and may break off: then all end it, in the same way.
 
     One that has failed or is to stop would otherwise leave the others waiting for it.
@@ -241,15 +277,19 @@ def agreeing(stop: Stop) -> Iterator[None]:
         pass  # `stop` knows of it
     except UserError as error:
         failed = error
-    fault = None if failed is None else (str(failed), failed.exit_code)
-    found = gather([(stop.signum, fault)])
-    if failed is not None:
-        raise failed
-    for place, (_, fault) in enumerate(found):
-        if fault is not None:
-            raise ToldElsewhereError(f"process {place} has failed: {fault[0]}", fault[1])
-    if signum := next((signum for signum, _ in found if signum is not None), None):
+    _end_if_failed(failed)
+    if stop is not None and (signum := next((signum for signum in gather([stop.signum]) if signum is not None), None)):
         raise Interrupted(signum)
+
+
+def _end_if_failed(failed: UserError | None) -> None:
+    """All processes come here; if any has failed they all end, and the first of those that have says why."""
+    found = gather([None if failed is None else (str(failed), failed.exit_code)])
+    for place, fault in enumerate(found):
+        if fault is not None:
+            if failed is not None and place == rank():
+                raise failed
+            raise ToldElsewhereError(f"process {place} has failed: {fault[0]}", fault[1])
 
 
 @contextmanager
@@ -335,8 +375,9 @@ def _add_gradients(model: "torch.nn.Module", loss: "torch.Tensor") -> None:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
-def hand_over(accelerator: Any, model: "torch.nn.Module") -> None:
-    """Has DeepSpeed make its update by the gradients that are there; there is none by what is no number.
+def hand_over(accelerator: Any, model: "torch.nn.Module", loss: "torch.Tensor") -> None:
+    """Has DeepSpeed make its update by the gradients that are there; there is none by what is no number, or if the loss
+    is none: nobody could undo it.
 
     It takes them from a backward pass and from nowhere else, so they are passed through one: that of a sum whose
     gradients they are.
@@ -347,7 +388,7 @@ def hand_over(accelerator: Any, model: "torch.nn.Module") -> None:
 
     held = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad(set_to_none=True)
-    if held and all(bool(gradient.isfinite().all()) for _, gradient in held):
+    if held and bool(loss.isfinite()) and all(bool(gradient.isfinite().all()) for _, gradient in held):
         accelerator.backward(torch.stack([(parameter * gradient).sum() for parameter, gradient in held]).sum())
 
 

@@ -5,6 +5,8 @@ is kept (`training_state.py`), so on a CPU a run that was interrupted anywhere a
 for bit, as one that was not.
 """
 
+import hashlib
+import json
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +26,7 @@ from searche1_lite.config import Config
 from searche1_lite.diagnostics import WATCHED, watch
 from searche1_lite.distributed import (
     agreeing,
+    check_alike,
     from_first,
     gather,
     is_first,
@@ -99,6 +102,8 @@ def _run(
     with one_first():
         work = Run(config, progress, retriever=retriever, reward=reward)
     work.protocol.check_prompts([*train_questions, *test_questions])
+    read = {"questions": _digest([*train_questions, *test_questions]), "retriever": work.retriever.name}
+    check_alike(read | {"reward": reward_name(reward)})
     try_losses(work.model.device)  # now, not after the first hour of rollouts
     folder.start()
     summary: dict[str, Any] = {
@@ -159,6 +164,12 @@ def _run(
                 figures["rolled_back_to"] = _go_back(work, folder, summary["stages"])
             keep(stage.name, seconds, figures | work.slots.figures())
     return summary
+
+
+def _digest(questions: Sequence[Question]) -> str:
+    """Tells whether questions and their answers are the same."""
+    told = [(question.id, question.question, question.golden_answers) for question in questions]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
 def _check_same_parts(summary: dict[str, Any], work: Run) -> None:

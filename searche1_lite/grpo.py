@@ -115,8 +115,8 @@ class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
         with agreeing(self._stop), by_itself(self.accelerator, policy):
             total, sums, tokens = in_smaller_passes(self.passes, sizes, policy, passes, "a GRPO step")
         average_gradients(policy)
-        hand_over(self.accelerator, policy)
         total = average(total)
+        hand_over(self.accelerator, policy, total)
         sums, tokens = merged(gather([(sums, tokens)]))
         for name, value in sums.items():
             self._metrics["train"][name].append(value / max(1, tokens))
@@ -246,6 +246,7 @@ def train_grpo(
             raise RuntimeError("TRL no longer passes each prompt group_size times in a row; pin trl<1.17")
         with agreeing(stop):
             own = answer(asked, size, (run_seed, "grpo", round_index, trainer.state.global_step))
+            rewards = [t.reward if reward is None else earned(reward, t) for t in own]
         trajectories = gather(own)
         own = trajectories[rank() * len(own) :][: len(own)]
         latest["trajectories"], latest["seconds"] = trajectories, time.monotonic() - began
@@ -259,7 +260,7 @@ def train_grpo(
             "completion_ids": [t.completion_ids for t in own],
             "logprobs": None if None in kept else [t.logprobs for t in own],
             "env_mask": [t.loss_mask for t in own],
-            "rewards": [t.reward if reward is None else earned(reward, t) for t in own],
+            "rewards": rewards,
         }
 
     def describe(logs: dict[str, Any]) -> dict[str, Any]:

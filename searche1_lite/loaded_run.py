@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from searche1_lite.adapter import adapter_digest
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, what_counts
-from searche1_lite.distributed import agreeing, gather, share
+from searche1_lite.distributed import agreeing, gather, share, world_size
 from searche1_lite.engine import Decoder, RolloutDecoder, uses_shadow
 from searche1_lite.interrupt import Stop
 from searche1_lite.model import load_policy, shadow_bytes
@@ -159,7 +159,7 @@ class Run:
             return [Trajectory.from_dict(record) for record in kept[0]], kept[1]
         records, seconds = folder.begun_answers(file, key)
         trajectories = [Trajectory.from_dict(record) for record in records]
-        at_once = max(1, EPISODES_AT_ONCE * config.engine.batch_size // n)
+        at_once = max(1, EPISODES_AT_ONCE * config.engine.batch_size * world_size() // n)
         with self.progress.task(name, len(questions) * n) as advance:
             advance(len(trajectories))
             # Cut where a run that was never interrupted cuts.

@@ -162,8 +162,8 @@ class OFSDTrainer(ResumableTrainer, DistillationTrainer):
         with agreeing(self._stop), by_itself(self.accelerator, policy):
             total = in_smaller_passes(self.passes, sizes, policy, passes, "an OFSD step")
         average_gradients(policy)
-        hand_over(self.accelerator, policy)
         total = average(total)
+        hand_over(self.accelerator, policy, total)
         self._guard.see("loss", total)
         return total.nan_to_num(0.0, 0.0, 0.0)  # it would spoil the loss of every later step in the log
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from searche1_lite.distributed import place
 from searche1_lite.errors import UserError
 from searche1_lite.microbatch import micro_batches
 from searche1_lite.search.progress import say_on_stderr
@@ -84,8 +85,9 @@ class Limit:
         if value != self.value:
             self.value = value
             say_on_stderr(
-                f"the GPU's memory ran out in {what}: made anew with {self.setting}={value}, kept for the rest of "
-                "the stage; set it in the config"
+                f"{place()}the GPU's memory ran out in {what}: made anew with {self.setting}={value}, kept for the "
+                "rest of the stage; set it in the config",
+                by_any=True,
             )
         return result
 

@@ -118,6 +118,8 @@ class StageKeeper:
         """Keeps what was noted last; between two steps neither weights nor optimizer change."""
         if self._noted is None or uses_deepspeed():
             return  # nothing was done beyond what is kept already; or the optimizer is in parts, one a process
+        if trainer.state.global_step != self._noted["step"]:
+            return  # another process was lost between an update and its note
         within, self._noted = self._noted, None
         state = self._state | {"within": within, "metrics_size": self._metrics_size}
         self._folder.save_within(self._stage, within["step"], lambda folder: self._write(folder, trainer), state)

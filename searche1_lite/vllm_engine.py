@@ -150,6 +150,7 @@ class VllmEngine:
             special: dict[str, Any] = {"gpu_memory_utilization": 0.95 * free / total}
         else:  # what vLLM 0.32 does after a part of a prompt, with a seed, is for GPUs alone and fails here
             special = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, longest)}
+        room = lora_room(model.peft_config[ADAPTER].r)
         try:
             from vllm import EngineArgs, LLMEngine
 
@@ -166,7 +167,7 @@ class VllmEngine:
                     enable_prefix_caching=True,
                     enable_lora=True,
                     max_loras=1,
-                    max_lora_rank=lora_room(model.peft_config[ADAPTER].r),
+                    max_lora_rank=room,
                     logprobs_mode="processed_logprobs",
                     generation_config="vllm",
                     enforce_eager=not cuda,

@@ -67,7 +67,11 @@ def test_a_corpus_of_ones_own_takes_the_place_of_the_presets_index(
     assert load_config("qwen2.5-3b-12gb", file).search.index is None
     assert load_config("qwen2.5-3b-12gb", file, ["search.index=wiki-18"]).search.index == "wiki-18"
     both = write(tmp_path / "both.yaml", "search: {corpus: mine, index: bare}")
-    assert load_config(None, both, ["search.corpus=other"]).search.index == "bare"
+    assert load_config(None, both, ["search.corpus=other"]).search.index == "bare", "the two belong together"
+    run = write(tmp_path / "config.yaml", dump_config(load_config("qwen2.5-3b-12gb")))
+    assert load_config(None, run, ["search.corpus=mine"]).search.index is None, "nor that of a run's own settings"
+    assert load_config(None, run, before={"search.corpus": "mine"}).search.index is None
+    assert load_config(None, run, before={"search.index": "bare"}, after={"search.corpus": "mine"}).search.index is None
 
 
 def test_an_override_that_is_a_section_keeps_the_sections_other_keys(tmp_path: Path) -> None:

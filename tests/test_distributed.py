@@ -8,11 +8,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import torch
+from conftest import fresh_policy
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import load_config
@@ -20,6 +24,7 @@ from searche1_lite.console import RichTasks
 from searche1_lite.distributed import check_share, share
 from searche1_lite.errors import UserError
 from searche1_lite.evolve import run
+from searche1_lite.training_state import StageKeeper
 
 SETTINGS = [
     "rounds=1",
@@ -41,11 +46,14 @@ TOLERANCE = 2e-4
 
 
 DECISIONS = """
+import errno
 from pathlib import Path
 
 import pytest, torch
 from searche1_lite.config import Config
-from searche1_lite.distributed import agreeing, average_gradients, from_first, gather, is_first, join, leave, rank
+from searche1_lite.distributed import (
+    agreeing, average_gradients, check_alike, from_first, gather, is_first, join, leave, one_first, rank,
+)
 from searche1_lite.errors import UserError
 from searche1_lite.guard import UpdateGuard
 from searche1_lite.interrupt import Interrupted, Stop
@@ -58,6 +66,30 @@ with pytest.raises(UserError, match="one is too long" if rank() else "process 1 
         if rank() == 1:
             raise UserError("one is too long")
 assert failed.value.told_elsewhere is (rank() == 0)
+
+with pytest.raises(UserError, match="both fail") as failed, agreeing():
+    raise UserError("both fail")
+assert failed.value.told_elsewhere is (rank() == 1)
+
+order = []
+with one_first():
+    order.append("within")
+    if rank() == 0:
+        Path("made").write_text("by the first")
+    assert Path("made").read_text() == "by the first"
+with pytest.raises(UserError, match="no such corpus") as failed, one_first():
+    assert is_first(), "the others do not begin"
+    raise UserError("no such corpus")
+assert failed.value.told_elsewhere is (rank() == 1)
+
+check_alike({"seed": 0})
+with pytest.raises(UserError, match="grpo.group_size is 5 in the first and 4 in process 1") as failed:
+    check_alike({"seed": 0, "grpo.group_size": 5 - rank()})
+assert failed.value.told_elsewhere is (rank() == 1)
+
+with pytest.raises(UserError, match="no space left on the disk: full") as failed:
+    from_first(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space", "full")))
+assert failed.value.told_elsewhere is (rank() == 1)
 
 stop = Stop()
 stop.signum = 15 if rank() == 1 else None
@@ -195,8 +227,9 @@ def test_a_run_goes_on_after_one_process_was_killed_and_one_stopped_on_another_n
     assert_same_run(alone, path)
 
 
-def test_what_could_come_out_differently_is_agreed_upon(tmp_path: Path) -> None:
+def test_what_could_come_out_differently_is_agreed_upon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "decisions.py").write_text(DECISIONS)
+    monkeypatch.chdir(tmp_path)
     with launch(str(tmp_path / "decisions.py")) as launcher:
         told = finish(launcher)
     assert launcher.returncode == 0 and "process 0 is done" in told and "process 1 is done" in told, told
@@ -221,6 +254,47 @@ def test_vllm_in_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="engine.backend=vllm is for one process"):
         check_share(config)
+
+
+REWARD = """
+import sys
+import searche1_lite as s1
+from searche1_lite.distributed import rank
+
+def picky(trajectory):
+    return float("nan") if rank() == 1 else 0.0
+
+s1.quieten()
+s1.train(s1.load_config("demo", overrides=sys.argv[2:]), sys.argv[1], reward=picky)
+"""
+
+
+def test_a_reward_that_fails_in_one_process_ends_both_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(REWARD)
+    with launch(str(tmp_path / "own.py"), str(tmp_path / "run"), *SETTINGS, "data.evaluation_limit=4") as launcher:
+        told = finish(launcher)
+    assert launcher.returncode not in (0, None) and "picky" in told and "nan" in told
+    assert "gloo" not in told and "is gone" not in told
+
+
+def test_an_update_that_was_not_noted_is_not_kept_as_the_one_before(tmp_path: Path, tiny_policy_folder: Path) -> None:
+    """A process may be lost between the two."""
+    config = load_config("demo", None, SETTINGS)
+    folder = RunFolder(tmp_path / "run", config, resume=False).start()
+    model, _ = fresh_policy(tiny_policy_folder)
+    keeper = StageKeeper(folder, "round1.grpo", model, every=0, state={"stages": []})
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    trainer = SimpleNamespace(
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer),
+        state=TrainerState(global_step=2),
+    )
+    keeper.note(1)
+    keeper.save(trainer)
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    keeper.note(2)
+    keeper.save(trainer)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["round1.grpo.step-2"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """vLLM plays the same episodes as our engine. What needs vLLM itself is skipped where it is not installed.
 
-`pip install` of a CPU build of vLLM beside this package is enough to run all of it; README.md says how.
+`pip install` of a CPU build of vLLM beside this package is enough to run all of it; examples/README.md says how.
 """
 
 import importlib.util

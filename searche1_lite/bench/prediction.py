@@ -1,7 +1,7 @@
 """What the engine will take for a workload, from what its parts take on this machine.
 
 Each is timed in smaller rollouts of other episodes, and `simulation.simulate` puts them together. `bench` holds that
-against what the engine took.
+against what the engine took. For CPUs: on a GPU a captured step takes as long as the largest of its bucket.
 """
 
 import statistics

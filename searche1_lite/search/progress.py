@@ -61,7 +61,7 @@ def megabytes(progress: Progress, name: str, size: int, done: int = 0) -> Iterat
         yield count_bytes
 
 
-def say_on_stderr(message: str) -> None:
-    """Tells the user one line, apart from the results on stdout. Of several processes the first one speaks."""
-    if is_first():
+def say_on_stderr(message: str, by_any: bool = False) -> None:
+    """Tells the user one line, apart from the results on stdout. Of several processes the first one speaks, or any."""
+    if by_any or is_first():
         print(message, file=sys.stderr)
