@@ -18,10 +18,12 @@ from filelock import FileLock, Timeout
 from searche1_lite.config import Config, dump_config, load_config, what_counts
 from searche1_lite.distributed import is_first
 from searche1_lite.errors import UserError
+from searche1_lite.run_state import misfit
 from searche1_lite.schedule import best_stage
 from searche1_lite.sealed_folder import (
     SEAL,
     DamagedError,
+    cut,
     read_sealed,
     remove_sealed,
     sync,
@@ -57,17 +59,21 @@ class RunFolder:
     def __init__(self, path: Path, config: Config, resume: bool, shared: Path | None = None) -> None:
         self.path, self._shared = path, shared
         self.summary_path = path / "summary.json"
-        existing = path / "config.yaml"
+        self._config, self._resume = config, resume
+        self._lock: FileLock | None = None
+        self._look()
+
+    def _look(self) -> None:
+        """Refuses what is no run, or another one."""
+        path, existing = self.path, self.path / "config.yaml"
         if existing.is_file():
-            if not resume:
+            if not self._resume:
                 raise UserError(f"{path} already holds a run; add --resume to go on with it, or choose another --out")
-            _check_same(_read_config(existing), config, path)
+            _check_same(_read_config(existing), self._config, path)
         elif path.is_dir() and any(item.name != _LOCK for item in path.iterdir()):
             raise UserError(f"{path} is not empty and holds no run; choose another --out")
         elif not (nearest := next(place for place in (path, *path.absolute().parents) if place.exists())).is_dir():
             raise UserError(f"cannot write to the run's folder {path}: {nearest} is a file; choose another --out")
-        self._config = config
-        self._lock: FileLock | None = None
 
     def claim(self) -> None:
         """Keeps other processes from the run that is there, until `release` or the process's end; `start` does it too.
@@ -93,10 +99,16 @@ class RunFolder:
             self._lock = None
 
     def start(self) -> "RunFolder":
-        """Makes what is not there yet. Called when all a run needs is loaded: what fails before leaves no trace."""
+        """Makes what is not there yet. Called when all a run needs is loaded: what fails before leaves no trace.
+
+        Raises:
+            UserError: also if another run has been begun there in the meantime.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.claim()
+            self._look()  # again: another process may have been at it, and have ended, since
+            self._resume = True  # what is there from now on is its own
             (self.path / "checkpoints").mkdir(exist_ok=True)
             (self.path / "trajectories").mkdir(exist_ok=True)
             for left in (self.path / "checkpoints").glob(".*"):  # by a process that died over it
@@ -119,16 +131,19 @@ class RunFolder:
         return _size(self.path / "metrics.jsonl")
 
     def rewind(self, size: int) -> None:
-        """Cuts `metrics.jsonl` to `size` bytes: what it tells of later steps is about to be done again."""
-        _cut(self.path / "metrics.jsonl", size)
+        """Cuts `metrics.jsonl` to `size` bytes: what it tells of later steps is about to be done again.
+
+        The user is told if there are fewer.
+        """
+        _rewind(self.path / "metrics.jsonl", size)
 
     def trajectories_size(self, name: str) -> int:
         """Bytes in `trajectories/NAME.jsonl`."""
         return _size(self.path / "trajectories" / f"{name}.jsonl")
 
     def rewind_trajectories(self, name: str, size: int) -> None:
-        """Cuts `trajectories/NAME.jsonl` to `size` bytes."""
-        _cut(self.path / "trajectories" / f"{name}.jsonl", size)
+        """The same of `trajectories/NAME.jsonl`."""
+        _rewind(self.path / "trajectories" / f"{name}.jsonl", size)
 
     def save_trajectories(self, name: str, records: list[dict[str, Any]]) -> None:
         """Writes `trajectories/NAME.jsonl`, over an earlier one."""
@@ -169,7 +184,7 @@ class RunFolder:
         if _read_answers(answers, note, key) is None:
             answers.unlink(missing_ok=True)
         else:
-            _cut(answers, json.loads(note.read_text(encoding="utf-8"))["bytes"])
+            cut(answers, json.loads(note.read_text(encoding="utf-8"))["bytes"])
         with answers.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
@@ -198,7 +213,7 @@ class RunFolder:
             return
         stages = stages[: stages.index(there[-1]) + 1]
         try:
-            state = read_sealed(donor / "checkpoints" / stages[-1])
+            state = _read_state(donor / "checkpoints" / stages[-1])
         except DamagedError as error:
             say_on_stderr(f"{error}; {self.path} does these stages itself")
             return
@@ -254,7 +269,8 @@ class RunFolder:
     def _within(self, name: str) -> list[tuple[int, Path]]:
         """Steps and folders of the checkpoints within stage `name`, the first first."""
         found = (self.path / "checkpoints").glob(f"{name}.step-*")
-        return sorted((int(path.name.rpartition("-")[2]), path) for path in found)
+        numbers = ((path.name.rpartition("-")[2], path) for path in found)
+        return sorted((int(number), path) for number, path in numbers if number.isdecimal())
 
     def update_checkpoint(self, name: str, state: dict[str, Any]) -> None:
         """Replaces the state of a stage's checkpoint; of the stages before, those not to be kept any more go."""
@@ -271,7 +287,7 @@ class RunFolder:
     def is_whole(self, name: str) -> bool:
         """Is there a checkpoint of stage `name`, undamaged?"""
         try:
-            read_sealed(self.path / "checkpoints" / name)
+            _read_state(self.path / "checkpoints" / name)
         except DamagedError:
             return False
         return True
@@ -289,14 +305,14 @@ class RunFolder:
         # A folder that begins with a dot is the staging of a save that was interrupted.
         for path in sorted((self.path / "checkpoints").glob("[!.]*")):
             try:
-                state = read_sealed(path, files=False)
+                state = _read_state(path, files=False)
                 step = state["within"]["step"] if "within" in state else 0
                 found.append(((len(state["stages"]) + ("unevaluated" in state), step), path))
             except DamagedError as error:
                 damaged.append(str(error))
         for _, path in sorted(found, reverse=True):
             try:
-                state = read_sealed(path)
+                state = _read_state(path)
             except DamagedError as error:
                 damaged.append(str(error))
                 continue
@@ -326,7 +342,7 @@ def check_adapter_folder(folder: Path) -> None:
 def _copy(source: Path, to: Path) -> None:
     """A copy that is there whole or not at all, whoever else writes the same one; where possible it takes no room.
 
-    None of a run's files is changed in place once it is complete, so both may be the same one.
+    None of a run's files is changed in place once it is complete, so both may be the same one; `cut` parts them.
     """
     staging = to.with_name(f".{to.name}.{os.getpid()}.staging")
     staging.unlink(missing_ok=True)
@@ -364,13 +380,26 @@ def _read_answers(answers: Path, note: Path, key: str) -> tuple[list[dict[str, A
         return None
 
 
+def _read_state(folder: Path, files: bool = True) -> dict[str, Any]:
+    """As `read_sealed`; a state that no run can go on from counts as damaged."""
+    state = read_sealed(folder, files)
+    if (wrong := misfit(state)) is not None:
+        raise DamagedError(f"{folder / SEAL} does not fit this version ({wrong} is of another form)")
+    return state
+
+
+def _rewind(path: Path, size: int) -> None:
+    if (there := _size(path)) < size:
+        say_on_stderr(
+            f"{path} has lost {size - there} of {size} bytes, so lines are missing from the report; training goes on "
+            "without them"
+        )
+        size = path.read_bytes().rfind(b"\n") + 1 if there else 0  # what follows would be added to half a line
+    cut(path, size)
+
+
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
-
-
-def _cut(path: Path, size: int) -> None:
-    if _size(path) > size:
-        os.truncate(path, size)
 
 
 def _read_config(path: Path) -> Config:

@@ -239,7 +239,12 @@ def serve_search_command(
     host: args.Host = "127.0.0.1",
     port: args.Port = 8000,
     workers: Annotated[
-        int, typer.Option(min=1, max=64, help="Processes over the same index, each with a Java machine of its own.")
+        int,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Processes over the same index, each with a Java of its own and one thread that searches.",
+        ),
     ] = 1,
     token: args.Token = None,
     yes: args.Yes = False,

@@ -68,7 +68,7 @@ class SearchConfig:
     k1: Annotated[float, Field(ge=0.0)] = 0.9
     b: Fraction = 0.4
     threads: PositiveInt = 2
-    """Threads that answer one batch of queries."""
+    """Threads that answer one batch of queries. Where `serve-search` has several workers, each has one."""
     url: str | None = None
     """A search server instead, of `serve-search` or another one of Search-R1's protocol, such as
     `http://127.0.0.1:8000/retrieve`. The token that it may ask for is read from SEARCHE1_LITE_SEARCH_TOKEN."""

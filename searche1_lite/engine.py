@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from searche1_lite.config import EngineConfig
+from searche1_lite.errors import UserError
 from searche1_lite.kv_cache import SlotCache, grouped
 from searche1_lite.stopping import end_ids, tag_automaton
 
@@ -71,6 +72,8 @@ def pick_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Next tokens and, on request, their log-probs, both (B,).
 
+    Logits that are no numbers are told by their log-probs, which are none either; without log-probs, by the token -1.
+
     Args:
         logits: (B, V).
         temperature: of the distribution that is sampled and whose log-probs are returned.
@@ -78,16 +81,21 @@ def pick_tokens(
     """
     if uniforms is None:
         tokens = logits.argmax(dim=-1)
-        if not with_logprobs:
-            return tokens, None
+        if not with_logprobs:  # a NaN counts as the largest
+            return _marked(tokens, logits.gather(1, tokens.unsqueeze(1)).squeeze(1)), None
     scaled = logits.float() / temperature
     if uniforms is not None:
         cdf = torch.softmax(scaled, dim=-1).double().cumsum_(dim=-1)
         targets = uniforms.unsqueeze(1) * cdf[:, -1:]
         tokens = torch.searchsorted(cdf, targets, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
         if not with_logprobs:
-            return tokens, None
+            return _marked(tokens, cdf[:, -1]), None
     return tokens, scaled.gather(1, tokens.unsqueeze(1)).squeeze(1) - scaled.logsumexp(dim=-1)
+
+
+def _marked(tokens: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The tokens, -1 where a value is not finite."""
+    return torch.where(values.isfinite(), tokens, -1)
 
 
 def uses_shadow(engine: EngineConfig, device: str, rows: int) -> bool:
@@ -239,6 +247,9 @@ class Decoder:
         """Writes one token in each writing row; gives the rows whose turn it ended, with their turns.
 
         A turn ends when a search or an answer is closed, the message ended, or the budget is used up.
+
+        Raises:
+            UserError: without log-probs, if the model's logits are no numbers; with them, they tell.
         """
         slots = np.flatnonzero(self.writing)
         rows = self.rows_for(int(slots[-1]) + 1)
@@ -257,6 +268,12 @@ class Decoder:
         else:
             tokens, logprobs = self._decode((rows, width), *map(self._there, inputs), spans=spans)
         found = tokens.cpu().numpy()[slots]
+        if found.min() < 0:
+            raise UserError(
+                "the policy computes no numbers (NaN or infinity in its logits), so it has no answers: its weights are "
+                "damaged or too large; use an earlier checkpoint's adapter, or load the model's files again",
+                exit_code=1,
+            )
         self.lengths[slots] += 1
         self._tokens[slots] = found
         self._counts[slots] += 1

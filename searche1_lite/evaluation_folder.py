@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from searche1_lite.config import Config, dump_config, parse_config, what_counts
 from searche1_lite.errors import UserError
 from searche1_lite.jsonl import JsonFault, bounded_lines, parse_json, read_json
-from searche1_lite.sealed_folder import write_atomically
+from searche1_lite.sealed_folder import cut, write_atomically
 from searche1_lite.trajectory import Question
 from searche1_lite.yaml_file import read_yaml
 
@@ -50,13 +50,19 @@ class EvaluationFolder:
         self.path = path
         self._lock = FileLock(path / _LOCK, blocking=False)
         self._config, self._asked, self._ids = config, asked, [question.id for question in questions]
+        self._resume = resume
+        self._look()
+
+    def _look(self) -> None:
+        """Refuses what is no evaluation, or another one."""
+        path = self.path
         if (path / "config.yaml").is_file():
             settings, there = _read(path)
-            if not resume:
+            if not self._resume:
                 raise UserError(
                     f"{path} is not empty; add --resume to go on with what is there, or choose another --out"
                 )
-            _check_same(path, _what_counts(settings) | there, _what_counts(config) | asked)
+            _check_same(path, _what_counts(settings) | there, _what_counts(self._config) | self._asked)
         elif path.is_dir() and any(item.name != _LOCK for item in path.iterdir()):
             raise UserError(f"{path} is not empty and holds no evaluation; choose another --out")
         elif not (nearest := next(place for place in (path, *path.absolute().parents) if place.exists())).is_dir():
@@ -73,11 +79,14 @@ class EvaluationFolder:
         Other processes are kept from it until `release`, or this process's end.
 
         Raises:
-            UserError: where nothing can be written, another process is at it, or the files do not belong together.
+            UserError: where nothing can be written, another process is at it or began another evaluation in the
+                meantime, or the files do not belong together.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
+            self._look()  # again: another process may have been at it, and have ended, since
+            self._resume = True  # what is there from now on is its own
             if not (self.path / "config.yaml").is_file():
                 text = yaml.safe_dump({"evaluation": self._asked}, sort_keys=False)
                 write_atomically(self.path / "config.yaml", text + dump_config(self._config))
@@ -122,7 +131,7 @@ class EvaluationFolder:
                     raise UserError(f"{path}:{number} is not the question that comes there; choose another --out")
                 done.append(record)
                 size += len(line)
-        _cut(path, size)
+        cut(path, size)
         return done
 
     def _mend_trajectories(self, count: int) -> None:
@@ -139,7 +148,7 @@ class EvaluationFolder:
             raise UserError(
                 f"{path} holds {lines} of {count} questions that are done; put it back, or choose another --out"
             )
-        _cut(path, size)
+        cut(path, size)
 
 
 def describe(method: str, adapter: Path | None, data: str, questions: Sequence[Question]) -> dict[str, Any]:
@@ -213,8 +222,3 @@ def _append(path: Path, records: Sequence[dict[str, Any]]) -> None:
         file.write("".join(json.dumps(record) + "\n" for record in records))
         file.flush()
         os.fsync(file.fileno())
-
-
-def _cut(path: Path, size: int) -> None:
-    if path.is_file() and path.stat().st_size > size:
-        os.truncate(path, size)

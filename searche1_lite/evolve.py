@@ -231,10 +231,10 @@ def _run_ofsd(
         rollouts, settings.students, settings.reference, derive_seed(config.seed, "ofsd-reference", index)
     )
     chosen = [[pair.student.question.id, pair.reference.sample, pair.student.sample] for pair in pairs]
-    if resumed is not None and resumed[1]["figures"]["chosen"] != chosen:
+    if resumed is not None and resumed[1].get("figures", {}).get("chosen") != chosen:
         # Its rollouts are lost, and this machine has not given the same ones again.
         say_on_stderr(f"{name} begins anew: its rollouts had to be done again, and gave other pairs")
-        folder.rewind(resumed[1]["metrics_began"])
+        folder.rewind(resumed[1].get("metrics_began", 0))
         folder.drop_within(name)
         resumed = None
 

@@ -22,6 +22,7 @@ from searche1_lite.errors import UserError
 from searche1_lite.hub import check_upload, download_folder, upload_folder
 from searche1_lite.quiet import quieten
 from searche1_lite.schedule import next_stage
+from searche1_lite.sealed_folder import sync
 from searche1_lite.search.progress import say_on_stderr
 
 if TYPE_CHECKING:
@@ -311,18 +312,10 @@ def _staged(to: Path) -> Iterator[Path]:
         staging.mkdir(parents=True)
         yield staging
         for file in [*staging.rglob("*"), staging]:
-            _sync(file)
+            sync(file)
         staging.replace(place)
     except (OSError, SafetensorError) as error:  # safetensors wraps what the system says of a full disk
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"cannot write to {to}: {reason}; make room or choose another --to", exit_code=1) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

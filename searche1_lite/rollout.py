@@ -7,7 +7,7 @@ number of steps since they were asked for, never on how fast they came: so a run
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from searche1_lite.episode import Episode
 from searche1_lite.model import compute_context, shadow_weights
 from searche1_lite.protocol import Action, Protocol
 from searche1_lite.search.base import Passage, Retriever
+from searche1_lite.search.thread import SearchThread
 from searche1_lite.seeding import derive_seed
 from searche1_lite.shrinking import Limit
 from searche1_lite.trajectory import Question, Trajectory
@@ -28,7 +29,7 @@ from searche1_lite.trajectory import Question, Trajectory
 HEAD_START = 4
 """Steps that a search is given, on a CPU, before its passages are waited for."""
 
-_SEARCHER = ThreadPoolExecutor(1, "search")
+_SEARCHER = SearchThread()
 """The one thread that searches: Java keeps a record of every thread that ever called it, and one retriever may not be
 called by two at once."""
 

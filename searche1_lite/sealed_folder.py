@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 SEAL = "state.json"
@@ -101,6 +101,22 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def cut(path: Path, size: int) -> None:
+    """Cuts a file to `size` bytes, if it is there and has more. Other names of the same file keep what they have, and
+    share nothing with it any more."""
+    if not path.is_file():
+        return
+    known = path.stat()
+    if known.st_nlink > 1:  # also where nothing is to be cut: what is cut is then added to
+        staging = path.with_name(f".{path.name}.staging")
+        shutil.copyfile(path, staging)
+        os.truncate(staging, min(size, known.st_size))
+        sync(staging)
+        staging.replace(path)
+    elif known.st_size > size:
+        os.truncate(path, size)
+
+
 def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -130,6 +146,16 @@ def _read_seal(folder: Path) -> dict[str, Any]:
         known = seal.pop("sha256")
         if known != _digest(seal) or seal.keys() != {"state", "files"}:
             raise DamagedError(f"{path} has changed since it was written (its checksum differs)")
-    except (OSError, ValueError, AttributeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged or cut off") from error
+    state, files = seal["state"], seal["files"]
+    if not (isinstance(state, dict) and isinstance(files, dict) and all(map(_is_inside, files, files.values()))):
+        raise DamagedError(f"{path} was written by another program or version (it is of another form)")
     return seal
+
+
+def _is_inside(name: str, known: Any) -> bool:
+    """Is this a file of the folder, with what `_print_of` knows of it?"""
+    place = PurePosixPath(name)
+    inside = not place.is_absolute() and ".." not in place.parts and "\0" not in name
+    return inside and isinstance(known, dict) and {"bytes", "sha256"} <= known.keys()

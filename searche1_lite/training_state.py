@@ -96,8 +96,16 @@ class StageKeeper:
         """Has these parts' state in its checkpoints too, and gives each what it had in the one that it goes on from."""
         self._parts |= parts
         for name, part in parts.items():
-            if name in self._parts_then:
+            if name not in self._parts_then:
+                continue
+            try:
                 part.restore(self._parts_then[name])
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{self.resumed_from} does not fit this version (it says something else of {name}); delete it, and "
+                    "--resume goes on from the one before",
+                    exit_code=1,
+                ) from error
 
     def note(self, step: int) -> None:
         """The step is done and logged: where everything is, should the next one not come to its end."""

@@ -1,5 +1,6 @@
 """A run's folder: never overwritten, complete or not there, and restored bit for bit."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from searche1_lite.checkpoint import RunFolder, check_adapter_folder
 from searche1_lite.config import Config, load_config
 from searche1_lite.errors import UserError
 from searche1_lite.schedule import best_stage
-from searche1_lite.sealed_folder import write_atomically
+from searche1_lite.sealed_folder import update_sealed, write_atomically
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def summary_of(*stages: str) -> dict[str, Any]:
-    return {"seed": 0, "stages": [{"name": stage, "em": 0.25} for stage in stages]}
+    return {"seed": 0, "stages": [{"name": stage, "em": 0.25} for stage in stages], "metrics_size": 0}
 
 
 def tree(folder: Path) -> dict[str, tuple[bytes | None, int]]:
@@ -294,6 +295,126 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
     with pytest.raises(UserError, match="no checkpoint in .* is whole"):
         folder.latest()
     assert before.keys() >= tree(folder.path).keys(), "nothing is thrown away or begun again"
+
+
+@pytest.mark.parametrize(
+    ("changed", "wrong"),
+    [
+        ({"stages": None}, "stages"),
+        ({"stages": ["base"]}, "stages[0]"),
+        ({"stages": [{"name": "base"}]}, "stages[0]"),
+        ({"stages": [{"name": "../../elsewhere", "em": 0.5}]}, "stages[0]"),
+        ({"stages": [{"name": "base", "em": 0.5, "seconds": "long"}]}, "stages[0]"),
+        ({"metrics_size": None}, "metrics_size"),
+        ({"metrics_size": -1}, "metrics_size"),
+        ({"unevaluated": {}}, "unevaluated"),
+        ({"within": 4}, "within.stage"),
+        ({"within": {"stage": "round1.grpo"}}, "within.step"),
+        ({"within": {"stage": "round1.grpo", "step": 4, "figures": []}}, "within.figures"),
+        ({"within": {"stage": "round1.grpo", "step": 4, "parts": {"guard": 3}}}, "within.parts"),
+        ({"within": {"stage": "round1.grpo", "step": 4, "sizes": {"../base": 0}}}, "within.sizes"),
+    ],
+)
+def test_a_sealed_checkpoint_of_another_form_is_named_and_the_one_before_it_serves(
+    tmp_path: Path, policy: PeftModel, capsys: pytest.CaptureFixture[str], changed: dict[str, Any], wrong: str
+) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    folder.save_checkpoint("base", policy, summary_of("base"))
+    save_within(folder, policy, 4)
+    update_sealed(folder.path / "checkpoints" / "round1.grpo.step-4", summary_of("base") | changed)
+    assert folder.latest() == (folder.path / "checkpoints" / "base", summary_of("base"))
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"step-4/state.json does not fit this version ({wrong} is" in told
+    assert "going on from base" in told
+
+
+@pytest.mark.parametrize(
+    "seal",
+    [
+        [],
+        7,
+        {"state": [], "files": {}},
+        {"state": {}, "files": 3},
+        {"state": {}, "files": {"adapter_model.safetensors": 3}},
+        {"state": {}, "files": {"/dev/zero": {"bytes": 1, "sha256": ""}}},
+        {"state": {}, "files": {"../base/state.json": {"bytes": 1, "sha256": ""}}},
+    ],
+    ids=str,
+)
+def test_a_seal_of_another_form_counts_as_damaged(
+    tmp_path: Path, policy: PeftModel, capsys: pytest.CaptureFixture[str], seal: Any
+) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    folder.save_checkpoint("base", policy, summary_of("base"))
+    file = folder.path / "checkpoints" / "round1.grpo" / "state.json"
+    file.parent.mkdir()
+    checksum = hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps(seal | {"sha256": checksum} if isinstance(seal, dict) else seal))
+    assert folder.latest() == (folder.path / "checkpoints" / "base", summary_of("base"))
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and str(file) in told and "going on from base" in told
+
+
+def test_lines_that_were_lost_are_told_and_none_is_added_to_half_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    file, name = tmp_path / "run" / "trajectories" / "round1.grpo.rollouts.jsonl", "round1.grpo.rollouts"
+    for step in (1, 2, 3):
+        folder.log({"step": step})
+        folder.add_trajectories(name, [{"step": step}])
+    sizes = folder.metrics_size(), folder.trajectories_size(name)
+    folder.rewind(sizes[0])
+    folder.rewind_trajectories(name, sizes[1])
+    assert capsys.readouterr().err == "", "nothing is missing"
+    for path in (tmp_path / "run" / "metrics.jsonl", file):
+        path.write_bytes(path.read_bytes()[:-3])
+    folder.rewind(sizes[0])
+    folder.rewind_trajectories(name, sizes[1])
+    folder.log({"step": 4})
+    folder.add_trajectories(name, [{"step": 4}])
+    told = capsys.readouterr().err.splitlines()
+    assert [f"{path} has lost 3 of {size} bytes" in line for path, size, line in zip(
+        (tmp_path / "run" / "metrics.jsonl", file), sizes, told, strict=True
+    )] == [True, True]  # fmt: skip
+    for path in (tmp_path / "run" / "metrics.jsonl", file):
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 4]
+    file.unlink()
+    folder.rewind_trajectories(name, 10)
+    assert "has lost 10 of 10 bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("resume", "message"), [(False, "already holds a run"), (True, "holds a run with other")])
+def test_a_run_that_came_and_went_since_the_folder_was_looked_at_is_not_overwritten(
+    tmp_path: Path, resume: bool, message: str
+) -> None:
+    late = RunFolder(tmp_path / "run", Config(), resume=resume)
+    first = RunFolder(tmp_path / "run", load_config(overrides=["seed=5"]), resume=False).start()
+    first.log({"step": 1})
+    first.release()
+    before = tree(tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        late.start()
+    assert {name: kept for name, kept in tree(tmp_path / "run").items() if name != ".lock"} == {
+        name: kept for name, kept in before.items() if name != ".lock"
+    }
+    late.release()
+    RunFolder(tmp_path / "run", load_config(overrides=["seed=5"]), resume=True).start()
+
+
+def test_what_two_runs_share_stays_as_it_is_when_one_of_them_goes_back(tmp_path: Path) -> None:
+    for lines, size in ((2, 0), (2, 14), (1, 14)):  # all of it, some of it, nothing to cut before more is added
+        place = tmp_path / f"{lines}-{size}"
+        (place / "shared").mkdir(parents=True)
+        folder = RunFolder(place / "run", Config(), False, place / "shared").start()
+        folder.keep_answers("base.evaluation", "key", [{"answer": 1}] * lines, 1.0)
+        assert (place / "shared" / "key.jsonl").stat().st_nlink == 2
+        before = (place / "shared" / "key.jsonl").read_bytes()
+        folder.rewind_trajectories("base.evaluation", size)
+        folder.add_trajectories("base.evaluation", [{"answer": 2}])
+        assert (place / "shared" / "key.jsonl").read_bytes() == before
+        kept = (place / "run" / "trajectories" / "base.evaluation.jsonl").read_bytes()
+        assert kept == before[:size] + b'{"answer": 2}\n'
 
 
 def test_a_second_process_is_kept_from_a_run_that_is_at_work(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Slots give what a fresh prefill gives, and sampling depends on the trajectory's own seed alone."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -179,6 +180,20 @@ def test_inverse_cdf_sampling_follows_the_probabilities() -> None:
     tokens, logprobs = pick_tokens(logits, 1.0, uniforms)
     assert (torch.bincount(tokens, minlength=3) / 3000 - torch.tensor([0.5, 0.3, 0.2])).abs().max() < 1e-3
     torch.testing.assert_close(logprobs, logits[0][tokens])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_logits_that_are_no_numbers_give_no_token_and_spoil_no_other_row(sampled: bool, bad: float) -> None:
+    logits = torch.zeros(4, 7)
+    logits[1, 5], logits[2] = bad, math.nan
+    logits[3, 0] = -math.inf  # a token that is impossible is no fault
+    uniforms = torch.full((4,), 0.5, dtype=torch.float64) if sampled else None
+    tokens, none = pick_tokens(logits, 1.0, uniforms, with_logprobs=False)
+    assert none is None and (tokens < 0).tolist() == [False, True, True, False]
+    expected, logprobs = pick_tokens(logits, 1.0, uniforms)
+    assert logprobs is not None and logprobs.isfinite().tolist() == [True, False, False, True]
+    assert tokens[[0, 3]].tolist() == expected[[0, 3]].tolist()
 
 
 def test_the_models_own_attention_is_back_after_a_pass(tiny_policy) -> None:

@@ -413,6 +413,17 @@ def test_a_line_that_was_cut_off_is_mended_in_both_files(tmp_path: Path) -> None
     assert lines(tmp_path / "e" / "trajectories.jsonl") == [{"t": 0}]
 
 
+def test_an_evaluation_that_came_and_went_since_the_folder_was_looked_at_is_not_taken_over(tmp_path: Path) -> None:
+    questions, others = load_questions("demo:dev", "test", 3), load_questions("demo:dev", "test", 2)
+    late = dev_folder(tmp_path / "e", load_config("demo"), others, True)
+    first = dev_folder(tmp_path / "e", load_config("demo"), questions, False)
+    first.start()
+    first.release()
+    with pytest.raises(UserError, match="holds another evaluation"):
+        late.start()
+    late.release()
+
+
 def test_a_second_process_is_kept_from_an_evaluation_that_is_at_work(tmp_path: Path) -> None:
     config, questions = load_config("demo"), load_questions("demo:dev", "test", 3)
     first = dev_folder(tmp_path / "e", config, questions, False)

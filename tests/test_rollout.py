@@ -1,5 +1,9 @@
 """Episodes keep the protocol: who wrote which token, how many searches and tokens, and what earns a reward."""
 
+import math
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +21,7 @@ from searche1_lite import rollout as rollout_module
 from searche1_lite.config import EngineConfig
 from searche1_lite.engine import SampledTurn
 from searche1_lite.episode import Episode
+from searche1_lite.errors import UserError
 from searche1_lite.protocol import Protocol
 from searche1_lite.rollout import Play, RolloutTimes, rollout
 from searche1_lite.search.base import Passage
@@ -35,7 +40,8 @@ def talker(talking_policy_folder: Path) -> Policy:
 
 def play(policy: Policy, shelf: ShelfRetriever, n: int = 4, **settings: object) -> list[Trajectory]:
     """Sampled episodes; `settings` are those of the protocol, or those listed below."""
-    arguments = {"batch_size": 64, "k": 3, "seed": 0, "questions": QUESTIONS, "greedy": False, "shadow": "auto"}
+    arguments = {"batch_size": 64, "k": 3, "seed": 0, "questions": QUESTIONS, "greedy": False, "shadow": "auto",
+                 "logprobs": True}  # fmt: skip
     own = {key: settings.pop(key, value) for key, value in arguments.items()}
     model, tokenizer = policy
     return rollout(
@@ -49,7 +55,7 @@ def play(policy: Policy, shelf: ShelfRetriever, n: int = 4, **settings: object) 
         k=own["k"],
         seed_parts=("test", own["seed"]),
         greedy=own["greedy"],
-        logprobs=True,
+        logprobs=own["logprobs"],
     )
 
 
@@ -409,6 +415,36 @@ def test_a_rollout_that_breaks_off_leaves_no_searches_for_the_next_one_to_wait_f
     assert len(retriever.batches) == 1
 
 
+@pytest.mark.parametrize("how", ["time.sleep(1000)", "while True: pass"])
+def test_a_search_of_ones_own_that_hangs_does_not_keep_the_process_from_ending(tmp_path: Path, how: str) -> None:
+    program = f"""
+import sys, time
+import searche1_lite
+
+class Hanging:
+    name = "hanging"
+
+    def search(self, queries, k):
+        print("asked", flush=True)
+        {how}
+
+settings = ["data.evaluation_limit=4"]
+try:
+    searche1_lite.evaluate_policy(searche1_lite.load_config("demo", None, settings), retriever=Hanging(), quiet=True)
+except KeyboardInterrupt as error:
+    print(repr(error), flush=True)
+    sys.exit(7)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "asked\n"
+        process.send_signal(signal.SIGINT)
+        told, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, told) == (7, f"Interrupted({signal.SIGINT.value})\n")
+
+
 @pytest.mark.parametrize("shadow", ["always", "never"])
 def test_plain_weights_and_4_bit_ones_give_the_same_trajectories(talker: Policy, shelf, shadow: str) -> None:
     ours, other = play(talker, shelf, shadow=shadow), play(talker, shelf)
@@ -439,6 +475,21 @@ def test_a_failing_search_ends_the_rollout_with_its_own_error(talking_policy_fol
     with pytest.raises(OSError, match="the index is gone"):
         play((model, tokenizer), Broken(shelf.passages))
     assert [type(module) for module in model.modules()] == layers, "the 4-bit layers are back in their places"
+
+
+@pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
+def test_weights_that_are_no_numbers_end_a_rollout_in_one_line_and_are_told_by_logprobs_where_kept(
+    talking_policy_folder: Path, shelf, greedy: bool
+) -> None:
+    model, tokenizer = fresh_policy(talking_policy_folder)
+    weight = next(p for name, p in model.named_parameters() if "lora_A.default" in name)
+    with torch.no_grad():
+        weight.view(-1)[5] = math.nan
+    with pytest.raises(UserError, match="the policy computes no numbers") as caught:
+        play((model, tokenizer), shelf, greedy=greedy, logprobs=False)
+    assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+    for trajectory in play((model, tokenizer), shelf, greedy=greedy):
+        assert not math.isfinite(sum(trajectory.logprobs)), "the update's guard refuses it"
 
 
 def test_the_time_spent_adds_up(talker: Policy, shelf) -> None:

@@ -139,7 +139,7 @@ def test_a_pickle_in_a_runs_folder_or_a_checkpoint_is_not_loaded(tmp_path: Path,
     trace, config = tmp_path / "trace", Config()
     model, _ = fresh_policy(tiny_policy_folder)
     folder = RunFolder(tmp_path / "run", config, False).start()
-    folder.save_checkpoint("base", model, {"stages": [{"name": "base"}]})
+    folder.save_checkpoint("base", model, {"stages": [{"name": "base", "em": 0.5}], "metrics_size": 0})
     for place in (tmp_path / "run", tmp_path / "run" / "checkpoints", tmp_path / "run" / "checkpoints" / "base"):
         for name in PICKLES:
             (place / name).write_bytes(malicious(trace))

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -547,6 +547,22 @@ def test_no_more_questions_wait_than_there_is_room_for(page: Page, asker: Asker)
     assert refused.status == 503 and "many questions wait" in json.loads(refused.read())["error"]
     for response in waiting:
         response.close()
+    wait_until(lambda: idle(page))
+    assert page.ask(QUESTION)[-1]["answer"] == "Dofa Togu", "those that nobody waits for are not answered"
+
+
+def test_questions_that_come_at_once_take_no_more_places_than_there_are(page: Page) -> None:
+    body = json.dumps({"question": QUESTION, "temperature": 100.0}).encode()
+    head = f"POST /api/ask HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    request = f"{head}Content-Type: application/json\r\n\r\n".encode() + body
+    with ExitStack() as stack:
+        clients = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", page.place.port), 120)) for _ in range(64)
+        ]
+        for client in clients:
+            client.sendall(request)
+        taken = [client.recv(12).endswith(b"200") for client in clients]
+    assert taken.count(True) == MOST_WAITING + 1
     wait_until(lambda: idle(page))
     assert page.ask(QUESTION)[-1]["answer"] == "Dofa Togu", "those that nobody waits for are not answered"
 

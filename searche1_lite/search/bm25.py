@@ -11,6 +11,7 @@ from searche1_lite.search.base import MAX_QUERY, Passage, clean_query, parse_con
 from searche1_lite.search.jvm import start_jvm
 
 _REMEMBERED_QUERIES = 20_000
+"""Whose passages are kept, the latest ones: a process grows by them, and no further."""
 _FEW = 4
 """Queries that are answered one after the other: threads for a batch would take longer to start."""
 

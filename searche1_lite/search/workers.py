@@ -96,7 +96,7 @@ class _Workers:
     def _start(self, row: int) -> _Worker:
         place = self._place
         told = {
-            "search": asdict(self._search),
+            "search": asdict(self._search) | {"threads": 1},  # workers side by side take the cores, not threads
             "place": {"host": place.host, "port": place.port, "token": place.token, "loopback": place.loopback},
             "socket": place.bound.fileno(),
             "counters": self._file.fileno(),

@@ -15,13 +15,14 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
+from starlette.types import Receive, Scope, Send
 
 from searche1_lite.ask import Asker, changed_settings
 from searche1_lite.config import ProtocolConfig
 from searche1_lite.errors import UserError
 from searche1_lite.protocol import check_question
 from searche1_lite.serving import Place, error_response, new_app, serve
-from searche1_lite.web.desk import Desk, Note
+from searche1_lite.web.desk import Desk, Note, Taken
 
 PAGE_PATHS = ("/", "/page.js", "/page.css")
 _FILES = {
@@ -87,14 +88,28 @@ def create_app(desk: Desk) -> FastAPI:
                 settings = changed_settings(settings, name, str(value))
         if asked.compare:
             asker.check_comparable()
+        sides = (True, False) if asked.compare else (not asked.adapter,)
         try:
-            desk.check_room()
+            taken = desk.take(question, settings, sides)
         except BlockingIOError:
             return error_response(503, "many questions wait already; ask again later", {"retry-after": "10"})
-        sides = (True, False) if asked.compare else (not asked.adapter,)
-        return StreamingResponse(_lines(desk.answer(question, settings, sides)), media_type="application/x-ndjson")
+        return _Answering(taken)
 
     return app
+
+
+class _Answering(StreamingResponse):
+    """What happens, as JSON lines; an answer that its client does not wait for is stopped."""
+
+    def __init__(self, taken: Taken) -> None:
+        super().__init__(_lines(taken.notes()), media_type="application/x-ndjson")
+        self._taken = taken
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # also where it has not even begun
+            self._taken.leave()
 
 
 async def _lines(notes: AsyncIterator[Note]) -> AsyncIterator[bytes]:

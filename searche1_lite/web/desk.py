@@ -45,6 +45,23 @@ class _Job:
     stopped: threading.Event = field(default_factory=threading.Event)
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A question that has its place in the queue."""
+
+    _notes: "asyncio.Queue[Note | None]"
+    _stopped: threading.Event
+
+    async def notes(self) -> AsyncIterator[Note]:
+        """What happens, from the waiting for other questions to the answer; see `_notes`."""
+        while (note := await self._notes.get()) is not None:
+            yield note
+
+    def leave(self) -> None:
+        """Nobody waits any more: the answer is stopped at its next token. Does nothing once it is given."""
+        self._stopped.set()
+
+
 class Desk:
     """Takes questions for one `Asker`, which nobody else may use meanwhile."""
 
@@ -53,16 +70,14 @@ class Desk:
         self._thread = ThreadPoolExecutor(1, "answer")
         self._jobs: list[_Job] = []
 
-    def check_room(self) -> None:
-        """Raises BlockingIOError if so many wait that another should come later."""
-        if len(self._jobs) > MOST_WAITING:
-            raise BlockingIOError
+    def take(self, question: str, settings: AskSettings, sides: tuple[bool, ...]) -> "Taken":
+        """Takes a question, to be answered after those before it. Call it in the event loop.
 
-    async def answer(self, question: str, settings: AskSettings, sides: tuple[bool, ...]) -> AsyncIterator[Note]:
-        """What happens, from the waiting for other questions to the answer; see `_notes`.
-
-        Whoever leaves the iteration stops the answer, at its next token.
+        Raises:
+            BlockingIOError: if so many wait that another should come later.
         """
+        if (ahead := len(self._jobs)) > MOST_WAITING:
+            raise BlockingIOError
         loop, notes = asyncio.get_running_loop(), asyncio.Queue[Note | None]()
 
         def tell(note: Note | None) -> None:
@@ -70,15 +85,11 @@ class Desk:
                 loop.call_soon_threadsafe(notes.put_nowait, note)
 
         job = _Job(question, settings, sides, tell)
-        if self._jobs:
-            yield {"type": "waiting", "ahead": len(self._jobs)}
+        if ahead:
+            notes.put_nowait({"type": "waiting", "ahead": ahead})
         self._jobs.append(job)
-        try:
-            self._thread.submit(self._work, job)
-            while (note := await notes.get()) is not None:
-                yield note
-        finally:
-            job.stopped.set()
+        self._thread.submit(self._work, job)
+        return Taken(notes, job.stopped)
 
     def stop(self) -> None:
         """Stops all answers. From any thread, from a signal handler too."""
