@@ -15,6 +15,10 @@ import math
 import random
 from dataclasses import dataclass
 
+import searche1_lite as s1
+
+s1.quieten()
+
 from searche1_lite.bench.limits import Demand, step_limit
 from searche1_lite.bench.simulation import Script, Written, simulate
 from searche1_lite.loaded_run import EPISODES_AT_ONCE

@@ -99,6 +99,17 @@ def load_questions(
     return _subset(_join(loaded), limit, chosen)
 
 
+def sample_question(spec: str | None) -> str | None:
+    """One question of an evaluation set, to give someone an idea; None where that would have to be fetched or read
+    with faults."""
+    if spec is None or not (spec.partition(":")[0] == "demo" or Path(spec).is_file()):
+        return None
+    try:
+        return load_questions(spec, "test", 1)[0].question
+    except UserError:
+        return None
+
+
 def load_run_questions(config: Config, notice: Notice | None = None) -> tuple[list[Question], list[Question]]:
     """A run's training and evaluation questions, which have none in common.
 

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from searche1_lite.answer_view import AnswerView, comparison_table, source_lines
 from searche1_lite.ask import Answer, Asker, Comparison, Event
+from searche1_lite.benchmarks import sample_question
 from searche1_lite.errors import UserError
 from searche1_lite.protocol import check_question
 from searche1_lite.sealed_folder import write_atomically
@@ -87,6 +88,8 @@ class Chat:
     def run(self) -> None:
         """Asks until the user leaves. Mistakes are told in a line; only a failing GPU or a full memory ends it."""
         self._say("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands")
+        if (sample := sample_question(self._asker.work.config.data.evaluation)) is not None:
+            self._say(f"for instance: {sample}")
         while not self._leaving:
             try:
                 line = self._prompt.prompt().strip()

@@ -331,12 +331,21 @@ class RunFolder:
 def check_adapter_folder(folder: Path) -> None:
     """Refuses a folder without an adapter, or a damaged checkpoint, before the model is loaded for it."""
     if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder} holds no adapter (no adapter_config.json); give a folder written by `train`")
+        raise no_adapter(folder)
     if (folder / SEAL).is_file():
         try:
             read_sealed(folder)
         except DamagedError as error:
             raise UserError(f"{error}; give another checkpoint", exit_code=1) from error
+
+
+def no_adapter(folder: Path) -> UserError:
+    """What to say of a folder without an adapter: the adapters in it, if it is a run's."""
+    if not folder.is_dir():
+        return UserError(f"{folder} holds no adapter: there is no such folder; give one written by `train`")
+    if stages := sorted(file.parent.name for file in folder.glob("checkpoints/[!.]*/adapter_config.json")):
+        return UserError(f"{folder} holds no adapter, but a run; add /checkpoints/ and one of {', '.join(stages)}")
+    return UserError(f"{folder} holds no adapter (no adapter_config.json); give a folder written by `train`")
 
 
 def _copy(source: Path, to: Path) -> None:

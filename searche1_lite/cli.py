@@ -224,7 +224,8 @@ def index(
     from searche1_lite.search.index import build_index
 
     with _interruptible("what is indexed is kept, the same command goes on from there"):
-        build_index(corpus, out, threads, words=words, progress=RichTasks(), say=_say)
+        passages = build_index(corpus, out, threads, words=words, progress=RichTasks(), say=_say)
+    _say(f"{passages:,} passages are indexed")
     typer.echo(str(out))
 
 

@@ -113,7 +113,7 @@ def summarize(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
         seed: of the bootstrap.
 
     Returns:
-        `em`, `em_ci95` ([low, high], 95% percentile bootstrap over questions), `f1`, `f1_ci95`, `n` (questions),
+        `em`, `em_ci95` ([low, high], 95%: percentile bootstrap over questions), `f1`, `f1_ci95`, `n` (questions),
         `searches_per_question`, `searches_per_correct` (all searches / correct episodes; None if none is correct),
         `no_search_rate`, `failed_searches` (how many could not be made), `invalid_rate` (episodes with an invalid
         turn), `unanswered_rate`, `tokens_per_answer` (mean model-written tokens an episode), `retriever_recall` (share
@@ -156,9 +156,9 @@ def _figures(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
     causes = Counter(_cause(item) for item in outcomes if item.em < 1.0)
     result: dict[str, Any] = {
         "em": float(em.mean()),
-        "em_ci95": _middle95(em_means),
+        "em_ci95": _all_alike(em) or _middle95(em_means),
         "f1": float(f1.mean()),
-        "f1_ci95": _middle95(f1_means),
+        "f1_ci95": _all_alike(f1) or _middle95(f1_means),
         "n": len(em),
         "searches_per_question": searches / len(outcomes),
         "searches_per_correct": searches / correct if correct else None,
@@ -219,6 +219,13 @@ def _resampled_means(*columns: np.ndarray, seed: int) -> np.ndarray:
         rows = generator.integers(n, size=n)
         means[:, resample] = [column[rows].mean() for column in columns]
     return means
+
+
+def _all_alike(values: np.ndarray) -> list[float] | None:
+    """[low, high] by Clopper and Pearson where all are 0 or all are 1; None elsewhere. Resamples would all be the same,
+    as if that were certain."""
+    width = 1 - 0.025 ** (1 / len(values))
+    return [0.0, width] if not values.any() else [1 - width, 1.0] if (values == 1).all() else None
 
 
 def _middle95(means: np.ndarray) -> list[float]:

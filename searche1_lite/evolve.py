@@ -239,7 +239,8 @@ def _run_ofsd(
         resumed = None
 
     if not pairs:
-        say_on_stderr(f"{name}: there are no pairs to learn from; the counts in the summary say why")
+        told = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items())
+        say_on_stderr(f"{name}: there are no pairs to learn from ({told}); nothing is trained")
     if resumed is None:
         began = time.monotonic()
         privilege = compare_teacher(work, pairs, f"round{index}: teacher", (config.seed, "teacher", index))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -67,6 +69,8 @@ class Run:
         self.engine, self.slots = config.engine, Limit("engine.batch_size", config.engine.batch_size)
         if config.engine.shadow == "auto" and not _has_room_for_shadow(config, self.model):
             self.engine = replace(config.engine, shadow="never")
+        if self.model.device.type == "cpu" and is_crowded(torch.get_num_threads()):
+            say_on_stderr("this machine is busy with other work; OMP_NUM_THREADS=1 may make this many times faster")
         self.decoder: Callable[..., RolloutDecoder] = Decoder
         if config.engine.backend == "vllm":
             self.decoder = VllmEngine(config, self.model, self.tokenizer).decoder
@@ -192,6 +196,11 @@ class Run:
         """A table of some of these, unless the run is watched without."""
         if self.config.logging.samples:
             self.progress.show(sample_table(title, trajectories, self.config.logging.samples))
+
+
+def is_crowded(threads: int) -> bool:
+    """Are there too few idle cores for so many threads? One then waits for the other at every operation."""
+    return threads > 1 and hasattr(os, "getloadavg") and os.getloadavg()[0] + threads > 2 * (os.cpu_count() or 1)
 
 
 def _has_room_for_shadow(config: Config, model: PeftModel) -> bool:

@@ -4,6 +4,7 @@ Everything that changes shape or precision of the policy is here. The base is ne
 move the policy. Activations and the KV cache are in the compute dtype.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -28,6 +29,7 @@ from searche1_lite.config import ModelConfig
 from searche1_lite.errors import UserError
 from searche1_lite.hub import download_folder
 from searche1_lite.model_files import check_model_files, check_weights, read_adapter_config
+from searche1_lite.search.progress import say_on_stderr
 from searche1_lite.seeding import derive_seed
 
 _DEMO_POLICY = Path(__file__).parent / "demo" / "policy"
@@ -163,7 +165,7 @@ def load_policy(
         UserError: for a missing folder, a hub that does not give it, a base without sound safetensors, or an unfit
             adapter.
     """
-    resolve_model(config.name)
+    source = resolve_model(config.name)
     peft_config = lora_config(config) if adapter is None else read_adapter_config(adapter)
     if adapter is not None:
         check_base(adapter, peft_config, config.name)
@@ -179,6 +181,11 @@ def load_policy(
         if config.quantization == "nf4"
         else None
     )
+    if device.type == "cpu" and not Path(source).is_dir() and (size := re.search(r"(\d+(\.\d+)?)B\b", config.name)):
+        say_on_stderr(
+            f"there is no GPU: {config.name} with its {size[1]} billion parameters takes days on a CPU (the demo and "
+            "examples/countries are made for one; `searche1-lite doctor` says why no GPU is seen)"
+        )
     folder = model_folder(config)
     try:
         tokenizer = _load_tokenizer(folder, config.trust_remote_code)

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from searche1_lite.checkpoint import no_adapter
 from searche1_lite.errors import UserError
 from searche1_lite.jsonl import read_json
 
@@ -118,7 +119,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     """
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no adapter (no adapter_config.json); give a folder written by `train`")
+        raise no_adapter(folder)
     data = read_json(path, "give a folder written by `train`")
 
     def refuse(key: str) -> UserError:

@@ -12,7 +12,14 @@ import pytest
 from pyarrow import parquet
 
 from searche1_lite import hub
-from searche1_lite.benchmarks import PUBLIC_SETS, SEVEN_SETS, check_disjoint, load_questions, load_run_questions
+from searche1_lite.benchmarks import (
+    PUBLIC_SETS,
+    SEVEN_SETS,
+    check_disjoint,
+    load_questions,
+    load_run_questions,
+    sample_question,
+)
 from searche1_lite.config import Config, DataConfig, GRPOStageConfig
 from searche1_lite.errors import UserError
 from searche1_lite.trajectory import Question
@@ -507,3 +514,12 @@ def test_public_training_questions_that_are_evaluated_are_left_out_and_counted(
     mine = write(tmp_path / "mine.jsonl", line(id="mine", question="Who is 8?"))
     with pytest.raises(UserError, match="evaluation question 'e8' is training question 'mine'"):
         load(f"nq+{mine}", "nq")
+
+
+def test_a_sample_question_is_given_where_nothing_has_to_be_fetched_for_it(tmp_path: Path) -> None:
+    assert sample_question("demo") in {question.question for question in load_questions("demo", "test")}
+    (tmp_path / "own.jsonl").write_text(json.dumps({"id": "1", "question": "Who?", "golden_answers": ["Ann"]}) + "\n")
+    assert sample_question(str(tmp_path / "own.jsonl")) == "Who?"
+    (tmp_path / "own.jsonl").write_text("{")
+    assert sample_question(str(tmp_path / "own.jsonl")) is None
+    assert sample_question("nq") is None and sample_question(None) is None

@@ -585,6 +585,10 @@ def test_a_folder_without_an_adapter_is_told_from_one_with(tmp_path: Path, polic
     folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
     folder.save_checkpoint("base", policy, summary_of("base"))
     check_adapter_folder(tmp_path / "run" / "checkpoints" / "base")
+    with pytest.raises(UserError, match="run holds no adapter, but a run; add /checkpoints/ and one of base$"):
+        check_adapter_folder(tmp_path / "run")
+    with pytest.raises(UserError, match="nowhere holds no adapter: there is no such folder"):
+        check_adapter_folder(tmp_path / "nowhere")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "base")
     for missing in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "base"):
         with pytest.raises(UserError, match=f"{missing} holds no adapter"):

@@ -206,3 +206,13 @@ def test_f1_has_its_own_interval() -> None:
     items = in_set("nq", [1.0, 0.0] * 50)
     result = summarize(items, seed=2)
     assert result["f1_ci95"] == bootstrap_ci95(np.array([item.f1 for item in items]), seed=2) != result["em_ci95"]
+
+
+@pytest.mark.parametrize(("em", "interval"), [(0.0, (0.0, 0.2180)), (1.0, (0.7820, 1.0))])
+def test_a_few_questions_that_are_all_wrong_or_all_right_do_not_make_it_certain(
+    em: float, interval: tuple[float, float]
+) -> None:
+    """Clopper and Pearson's exact interval for none of 15."""
+    result = summarize(in_set("a", [em] * 15), seed=1)
+    assert result["em_ci95"] == pytest.approx(interval, abs=1e-4)
+    assert summarize(in_set("a", [em] * 15 + [1 - em]), seed=1)["em_ci95"] != pytest.approx(interval, abs=1e-2)

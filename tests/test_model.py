@@ -1,5 +1,6 @@
 """The 4-bit policy, its adapter, and frozen copies of it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from searche1_lite import model as model_module
 from searche1_lite.adapter import (
     adapter_digest,
     drop_adapter,
@@ -20,6 +22,7 @@ from searche1_lite.adapter import (
 )
 from searche1_lite.config import ModelConfig
 from searche1_lite.errors import UserError
+from searche1_lite.loaded_run import is_crowded
 from searche1_lite.model import load_policy, resolve_model, shadow_bytes, shadow_weights
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
@@ -284,3 +287,25 @@ def test_an_error_in_the_shadow_puts_the_layers_back(tiny_policy_folder: Path) -
     with pytest.raises(RuntimeError, match="in the body"), shadow_weights(model):
         raise RuntimeError("in the body")
     assert [id(module) for module in model.modules()] == kept
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("name", "told"), [("Qwen/Qwen2.5-3B", "3"), ("HuggingFaceTB/SmolLM2-135M-Instruct", None)])
+def test_without_a_gpu_a_large_model_is_told_of_before_it_is_fetched(
+    name: str, told: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(config: ModelConfig) -> Path:
+        raise UserError("not fetched")
+
+    monkeypatch.setattr(model_module, "model_folder", fetch)
+    with pytest.raises(UserError, match="not fetched"):
+        load_policy(ModelConfig(name=name), seed=0)
+    said = capsys.readouterr().err
+    assert said.startswith(f"there is no GPU: {name} with its {told} billion parameters") if told else said == ""
+
+
+def test_a_machine_is_crowded_by_more_threads_than_it_has_cores_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for load, threads, crowded in ((0.0, 4, False), (4.0, 4, False), (4.5, 4, True), (40.0, 1, False)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert is_crowded(threads) is crowded, (load, threads)

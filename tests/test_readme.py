@@ -113,7 +113,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train = next(line for line in shown.stdout.splitlines() if "searche1-lite train" in line)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(desk)
-        (desk / "shown.txt").write_text(run([*shlex.split(train)[1:], *SHORT]))
+        words = shlex.split(train)
+        words = words[words.index(".venv/bin/searche1-lite") + 1 :]  # before it the number of threads
+        (desk / "shown.txt").write_text(run([*words, *SHORT]))
     return desk
 
 

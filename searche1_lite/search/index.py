@@ -43,7 +43,7 @@ def build_index(
     progress: Progress = SILENT,
     say: Callable[[str], None] = say_on_stderr,
     commit_every: int = 100_000,
-) -> None:
+) -> int:
     """Builds a BM25 index of `corpus` at `out`, which must not exist. Complete or not there at all.
 
     A build that was interrupted goes on from its last commit: it is kept in a hidden folder beside `out`.
@@ -53,6 +53,9 @@ def build_index(
         say: told in a line what the user should know, such as the faulty lines that are left out.
         commit_every: passages between two commits.
 
+    Returns:
+        How many passages it has.
+
     Raises:
         UserError: for a corpus without passages or with a repeated id, an existing `out`, or if Lucene cannot write.
     """
@@ -60,6 +63,7 @@ def build_index(
         raise UserError(f"{out} exists already; delete it or choose another --out")
     checked = check_corpus(corpus, words, progress, cache_folder() / "corpora")
     _build(corpus, checked, out, threads, words, progress, say, commit_every)
+    return checked.passages
 
 
 def ensure_index(

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.types import Receive, Scope, Send
 
 from searche1_lite.ask import Asker, changed_settings
+from searche1_lite.benchmarks import sample_question
 from searche1_lite.config import ProtocolConfig
 from searche1_lite.errors import UserError
 from searche1_lite.protocol import check_question
@@ -58,6 +59,7 @@ def create_app(desk: Desk) -> FastAPI:
     app = new_app("searche1-lite ask")
     asker, began = desk.asker, desk.asker.settings
     limits = asker.work.protocol.config
+    sample = sample_question(asker.work.config.data.evaluation)
 
     def add_file(path: str, name: str, kind: str) -> None:
         content = (files("searche1_lite.web") / name).read_bytes()
@@ -77,6 +79,7 @@ def create_app(desk: Desk) -> FastAPI:
             "adapter": asker.adapter.name if asker.adapter else None,
             "retriever": asker.work.retriever.name,
             "settings": asdict(began),
+            "sample": sample,
         }
 
     @app.post("/api/ask")

@@ -79,6 +79,7 @@ async function begin() {
 
 function defaults() {
   for (const name of NAMES) find(name).value = session.settings[name];
+  if (session.sample) find("question").placeholder = `For instance: ${session.sample}`;
   summarise();
 }
 
