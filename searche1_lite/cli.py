@@ -225,7 +225,7 @@ def index(
 
     with _interruptible("what is indexed is kept, the same command goes on from there"):
         passages = build_index(corpus, out, threads, words=words, progress=RichTasks(), say=_say)
-    _say(f"{passages:,} passages are indexed")
+    _say(f"indexed {passages:,} passage{'' if passages == 1 else 's'}")
     typer.echo(str(out))
 
 

@@ -233,6 +233,7 @@ def test_index_skips_faulty_lines_and_names_them_in_one_line(desk: Path) -> None
     assert (shown.code, shown.stdout) == (0, "new\n")
     assert shown.stderr == (
         "skipped 1 faulty line: faulty_corpus.jsonl:2: a passage needs `id` and a string `contents`\n"
+        "indexed 1 passage\n"
     )
     assert json.loads((desk / "new" / "searche1_index.json").read_text())["passages"] == 1
     assert [path.name for path in desk.iterdir() if path.name.startswith(".")] == []

@@ -291,3 +291,15 @@ def test_a_corpus_that_did_not_change_is_not_read_again(tmp_path: Path, cache: P
     corpus.write_bytes(lines(QUITO))
     os.utime(corpus, (1, 1))
     assert check_corpus(corpus, memory=memory).passages == 1
+
+
+def test_a_relative_place_is_that_of_the_folder_one_is_in_and_not_of_the_one_java_was_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_bytes(lines(LIMA, QUITO))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        assert build_index(corpus, Path("index")) == 2 and (tmp_path / name / "index" / METADATA_FILE).is_file()
+        assert [passage.id for passage in search(Path("index"), "Lima")] == ["a"]

@@ -57,7 +57,8 @@ class BM25Retriever:
 
         self._array_list, self._string = JArrayList, JString
         try:
-            self._searcher = autoclass("io.anserini.search.SimpleSearcher")(str(index))
+            # Java stays in the folder that it was started in.
+            self._searcher = autoclass("io.anserini.search.SimpleSearcher")(str(index.absolute()))
         except JavaException as error:
             why = str(error.innermessage or error).splitlines()[0]
             raise UserError(f"the index at {index} cannot be read ({why}); build or fetch it again") from error

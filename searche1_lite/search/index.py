@@ -146,7 +146,7 @@ def _committed(index: Path) -> int:
     from jnius import JavaException, autoclass
 
     try:
-        searcher = autoclass("io.anserini.search.SimpleSearcher")(str(index))
+        searcher = autoclass("io.anserini.search.SimpleSearcher")(str(index.absolute()))
         count = int(searcher.get_total_num_docs())
         searcher.close()
     except JavaException:
@@ -214,7 +214,7 @@ def _writer(index: Path, threads: int) -> Any:
     options = {
         "-collection": "JsonCollection",
         "-input": "passages",
-        "-index": str(index),
+        "-index": str(index.absolute()),
         "-generator": "DefaultLuceneDocumentGenerator",
         "-threads": str(threads),
         "-memoryBuffer": "256",  # MB; Anserini's own 4096 would fill the Java heap before Lucene writes to disk
