@@ -140,7 +140,9 @@ def test_a_folder_of_text_files_is_indexed(tmp_path: Path) -> None:
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    index = ensure_index(folder, words=60)
+    said: list[str] = []
+    index = ensure_index(folder, words=60, say=said.append)
+    assert said == [f"left out, being neither .txt nor .md: 1 file, such as {folder / 'picture.png'}"]
     assert search(index, "ferry") == [
         Passage("notes.txt#1", "notes", "The ferry leaves at nine.", pytest.approx(2, abs=2))
     ]

@@ -16,10 +16,19 @@ _HEADING = re.compile(r"^#{1,6}[ \t]+(.*)$", re.MULTILINE)
 
 def text_files(folder: Path) -> list[Path]:
     """The `.txt` and `.md` files below `folder`, sorted; what is hidden (a leading dot) is left out."""
+    return [path for path in _files(folder) if path.name.lower().endswith(SUFFIXES)]
+
+
+def other_files(folder: Path) -> list[Path]:
+    """The files below `folder` that are neither text nor hidden, sorted: nothing of them is indexed."""
+    return [path for path in _files(folder) if not path.name.lower().endswith(SUFFIXES)]
+
+
+def _files(folder: Path) -> list[Path]:
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(path for path in found if path.is_file())
 
 

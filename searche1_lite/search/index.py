@@ -14,8 +14,10 @@ from filelock import FileLock, Timeout
 from searche1_lite.errors import UserError
 from searche1_lite.jsonl import read_json
 from searche1_lite.search.corpus import CheckedCorpus, check_corpus, corpus_size, read_passages
+from searche1_lite.search.folder import other_files
 from searche1_lite.search.jvm import start_jvm
 from searche1_lite.search.progress import SILENT, Progress, megabytes, say_on_stderr
+from searche1_lite.terminal import one_line
 
 INDEX_FORMAT = 1
 """Raised whenever an index built by older code must not be used any more."""
@@ -109,6 +111,9 @@ def _build(
         with FileLock(staging / "lock", blocking=False):
             if warning := checked.warning():
                 say(warning)
+            if corpus.is_dir() and (others := other_files(corpus)):
+                count = "1 file" if len(others) == 1 else f"{len(others):,} files"
+                say(f"left out, being neither .txt nor .md: {count}, such as {one_line(str(others[0]), 200)}")
             done = _resume(staging, checked, say)
             _index(corpus, checked, staging, done, threads, words, progress, commit_every)
             metadata = {"format": INDEX_FORMAT, "passages": checked.passages, "sha256": checked.sha256}
