@@ -1,5 +1,6 @@
 """Every script of `examples/`, and every command of the corpus example's README, on the demo's policy."""
 
+import json
 import os
 import re
 import shlex
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from searche1_lite.benchmarks import check_disjoint, load_questions
 from searche1_lite.reward import normalize_answer
@@ -119,3 +121,17 @@ def test_planning_says_where_the_time_goes_and_how_it_shrinks_with_cards(tmp_pat
     for plan, total in zip(plans, hours, strict=True):
         parts = [float(plan[part].split()[0]) for part in ("rollouts", "training", "exchange", "writing down")]
         assert sum(parts) == pytest.approx(total, abs=0.25)
+
+
+@pytest.mark.parametrize("name", ["settle-it", "divergence", "reference", "teacher", "budget"])
+def test_each_sweep_file_compares_its_variants(name: str, tmp_path: Path) -> None:
+    """Two updates a run, of one seed: that every variant runs, not what it comes to."""
+    short = ["grpo.steps=1", "grpo.questions_per_step=2", "ofsd.questions=8", "data.evaluation_limit=8"]
+    words = ["sweep", str(EXAMPLES / f"{name}.yaml"), "--out", "out", "--seeds", "1", "--json", "budget.updates=2"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "searche1_lite", *words, *short], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    variants = json.loads(ran.stdout)["variants"]
+    assert {row["name"] for row in variants} == set(yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())["variants"])
+    assert [run["state"] for row in variants for run in row["runs"]] == ["done"] * len(variants)
