@@ -10,7 +10,7 @@ from searche1_lite.errors import UserError
 from searche1_lite.search.base import MAX_QUERY, Passage, clean_query, parse_contents
 from searche1_lite.search.jvm import start_jvm
 
-_REMEMBERED_QUERIES = 20_000
+REMEMBERED_QUERIES = 20_000
 """Whose passages are kept, the latest ones: a process grows by them, and no further."""
 _FEW = 4
 """Queries that are answered one after the other: threads for a batch would take longer to start."""
@@ -79,7 +79,7 @@ class BM25Retriever:
         answers |= self._search_distinct(wanted, k)
         for query in wanted:
             self._remembered[query, k] = answers[query]
-        while len(self._remembered) > _REMEMBERED_QUERIES:
+        while len(self._remembered) > REMEMBERED_QUERIES:
             self._remembered.popitem(last=False)
         return [answers[query] for query in asked]
 

@@ -1,10 +1,11 @@
 """Two thousand cycles of rollout and update, over a hundred rounds: does memory, a thread or an open file stay behind?
 
-    python tests/soak/cycles.py [--rounds 100]
+    python tests/soak/cycles.py [--rounds 100] [--remember 200]
 
 Each round is ten GRPO steps and as many of OFSD as its pairs give, on the demo's policy, with a checkpoint and an
 evaluation after each stage. Resident memory, threads and open files are looked at after each round's evaluation; slopes
-are of the second half, by least squares, with the standard error of the slope.
+are of the second half, by least squares, with the standard error of the slope. The retriever remembers its last 20,000
+queries, more than a soak asks: with `--remember` so many, so that what grows besides is seen.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from searche1_lite.config import load_config
 from searche1_lite.console import RichTasks
 from searche1_lite.evolve import run
 from searche1_lite.quiet import quieten
+from searche1_lite.search import bm25
 
 SETTINGS = [
     "grpo.steps=10",
@@ -61,7 +63,12 @@ def slope(values: list[float]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=100)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--remember", type=int, help="queries whose passages are kept")
+    given = parser.parse_args()
+    if (rounds := given.rounds) < 8:
+        parser.error("--rounds must be at least 8: slopes are of the second half")
+    if given.remember is not None:
+        bm25.REMEMBERED_QUERIES = given.remember
     quieten()
     config = load_config("demo", None, [*SETTINGS, f"rounds={rounds}"])
     with tempfile.TemporaryDirectory() as place:
