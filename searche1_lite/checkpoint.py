@@ -6,6 +6,7 @@
 Both are adapter folders (safetensors) that are sealed (`sealed_folder.py`): whole, or not taken for whole.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from searche1_lite.sealed_folder import (
     SEAL,
     DamagedError,
     cut,
+    fingerprint,
     read_sealed,
     remove_sealed,
     sync,
@@ -159,7 +161,7 @@ class RunFolder:
         answers, note = self._answers(name)
         note.unlink(missing_ok=True)  # it would be about other answers
         self.save_trajectories(name, records)
-        write_atomically(note, json.dumps({"key": key, "seconds": seconds, "bytes": _size(answers)}) + "\n")
+        write_atomically(note, json.dumps({"key": key, "seconds": seconds, **fingerprint(answers)}) + "\n")
         for file in self._part(name):
             file.unlink(missing_ok=True)
         if self._shared is not None:
@@ -189,7 +191,7 @@ class RunFolder:
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
-        write_atomically(note, json.dumps({"key": key, "seconds": seconds, "bytes": _size(answers)}) + "\n")
+        write_atomically(note, json.dumps({"key": key, "seconds": seconds, **fingerprint(answers)}) + "\n")
 
     def begun_answers(self, name: str, key: str) -> tuple[list[dict[str, Any]], float]:
         """The parts that are there under `key`, and their seconds."""
@@ -375,14 +377,18 @@ def _check_written(folder: Path) -> None:
 
 
 def _read_answers(answers: Path, note: Path, key: str) -> tuple[list[dict[str, Any]], float] | None:
-    """What the note is about, if that is the key and it is all there; bytes beyond it do not count."""
+    """What the note is about, if that is the key and it is as it was written; bytes beyond it do not count.
+
+    Told if it is not: whoever asked has it made again.
+    """
     try:
         kept = json.loads(note.read_text(encoding="utf-8"))
         if kept["key"] != key:
             return None
         with answers.open("rb") as file:
             text = file.read(kept["bytes"])
-        if len(text) < kept["bytes"]:
+        if hashlib.sha256(text).hexdigest() != kept["sha256"]:
+            say_on_stderr(f"{answers} has changed since it was written (its checksum differs); it is made again")
             return None
         return [json.loads(line) for line in text.splitlines()], kept["seconds"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

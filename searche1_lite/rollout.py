@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from searche1_lite.config import EngineConfig
 from searche1_lite.engine import Decoder, RolloutDecoder, SampledTurn, UniformStream, uses_shadow
 from searche1_lite.episode import Episode
+from searche1_lite.errors import UserError
 from searche1_lite.model import compute_context, shadow_weights
 from searche1_lite.protocol import Action, Protocol
 from searche1_lite.search.base import Passage, Retriever
@@ -360,6 +361,14 @@ def _search(retriever: Retriever, queries: list[str], k: int, times: RolloutTime
     """In the thread that searches. It holds on to nothing of the rollout, should that break off."""
     began = time.perf_counter()
     try:
-        return retriever.search(queries, k)
+        found = retriever.search(queries, k)
     finally:
         times.search += time.perf_counter() - began
+    if not isinstance(found, Sequence) or len(found) != len(queries):
+        got = f"{len(found)} results" if isinstance(found, Sequence) else f"a {type(found).__name__}"
+        raise UserError(
+            f"{type(retriever).__name__}.search gave {got} for {len(queries)} queries; let it return one list of "
+            "passages for each, in their order",
+            exit_code=1,
+        )
+    return found

@@ -34,7 +34,7 @@ def write_sealed(final: Path, write: Callable[[Path], None], state: dict[str, An
         write(staging)
         files = {}
         for path in sorted(path for path in staging.rglob("*") if path.is_file()):
-            files[path.relative_to(staging).as_posix()] = _print_of(path)
+            files[path.relative_to(staging).as_posix()] = fingerprint(path)
             sync(path)
         (staging / SEAL).write_text(_sealed(state, files), encoding="utf-8")
         sync(staging / SEAL)
@@ -72,7 +72,7 @@ def read_sealed(folder: Path, files: bool = True) -> dict[str, Any]:
     for name, known in seal["files"].items() if files else ():
         path = folder / name
         try:
-            found = _print_of(path)
+            found = fingerprint(path)
         except OSError as error:
             raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
         if found["bytes"] != known["bytes"]:
@@ -96,6 +96,7 @@ def write_atomically(path: Path, text: str) -> None:
         staging.write_text(text, encoding="utf-8")
         sync(staging)
         staging.replace(path)
+        sync(path.parent)
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
@@ -125,7 +126,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _print_of(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file: `bytes` and `sha256`."""
     with path.open("rb") as file:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -155,7 +157,7 @@ def _read_seal(folder: Path) -> dict[str, Any]:
 
 
 def _is_inside(name: str, known: Any) -> bool:
-    """Is this a file of the folder, with what `_print_of` knows of it?"""
+    """Is this a file of the folder, with what `fingerprint` knows of it?"""
     place = PurePosixPath(name)
     inside = not place.is_absolute() and ".." not in place.parts and "\0" not in name
     return inside and isinstance(known, dict) and {"bytes", "sha256"} <= known.keys()

@@ -479,6 +479,21 @@ def test_answers_cut_off_after_they_were_kept_are_not_taken_for_all(tmp_path: Pa
     assert folder.kept_answers("base.evaluation", "one") is None
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_answers_with_one_bit_turned_are_told_and_not_taken(
+    whole: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path / "run", Config(), resume=False).start()
+    (folder.keep_answers if whole else folder.add_answers)("base.evaluation", "one", [{"ids": [12, 14]}], 1.0)
+    file = tmp_path / "run" / "trajectories" / ("base.evaluation.jsonl" if whole else "base.evaluation.part")
+    file.write_bytes(file.read_bytes().replace(b"14", b"15"))  # good JSON still
+    if whole:
+        assert folder.kept_answers("base.evaluation", "one") is None
+    else:
+        assert folder.begun_answers("base.evaluation", "one") == ([], 0.0)
+    assert f"{file} has changed since it was written" in capsys.readouterr().err
+
+
 ANSWERS = [{"answer": "Où?"}, {"answer": None}]
 
 

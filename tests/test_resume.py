@@ -160,3 +160,22 @@ def test_a_run_stopped_anywhere_and_resumed_comes_to_the_same_end_bit_for_bit(
     assert all(kept[step] == there[step] for step in common)
     assert done[-1] == task
     assert len(again) < len(points) or task == "base: evaluate", "what was done is not done again"
+
+
+def test_rollouts_damaged_while_a_run_is_interrupted_are_made_again_to_the_same_end(
+    unbroken: tuple[Path, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole, points = unbroken
+    config = load_config("demo", None, [*SETTINGS, "checkpoint.every_steps=1"])
+    play(tmp_path / "run", config, monkeypatch, stop_at=("round1: OFSD", points.count("round1: OFSD") // 2))
+    rollouts = tmp_path / "run" / "trajectories" / "round1.ofsd.rollouts.jsonl"
+    first, *others = map(json.loads, rollouts.read_text().splitlines())
+    first["completion_ids"][0] ^= 1
+    rollouts.write_text("".join(json.dumps(record) + "\n" for record in [first, *others]))
+    again = play(tmp_path / "run", config, monkeypatch)
+    assert "round1: roll out" in again
+    assert f"{rollouts} has changed since it was written" in capsys.readouterr().err
+    assert results(tmp_path / "run") == results(whole)

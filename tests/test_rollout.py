@@ -477,6 +477,18 @@ def test_a_failing_search_ends_the_rollout_with_its_own_error(talking_policy_fol
     assert [type(module) for module in model.modules()] == layers, "the 4-bit layers are back in their places"
 
 
+@pytest.mark.parametrize(("given", "told"), [([], "gave 0 results for"), (None, "gave a NoneType for")])
+def test_a_search_engine_of_ones_own_that_answers_not_every_query_ends_in_a_line(
+    talker: Policy, shelf, given: list[list[Passage]] | None, told: str
+) -> None:
+    class Wrong(ShelfRetriever):
+        def search(self, queries, k):
+            return given
+
+    with pytest.raises(UserError, match=f"Wrong.search {told}"):
+        play(talker, Wrong(shelf.passages))
+
+
 @pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
 def test_weights_that_are_no_numbers_end_a_rollout_in_one_line_and_are_told_by_logprobs_where_kept(
     talking_policy_folder: Path, shelf, greedy: bool

@@ -67,6 +67,8 @@ def main() -> None:
     given = parser.parse_args()
     if (rounds := given.rounds) < 8:
         parser.error("--rounds must be at least 8: slopes are of the second half")
+    if given.remember is not None and given.remember < 0:
+        parser.error("--remember must be 0 or more")
     if given.remember is not None:
         bm25.REMEMBERED_QUERIES = given.remember
     quieten()
