@@ -96,8 +96,8 @@ class Workload:
     n: int
     greedy: bool
     episode: type[Episode] = Episode
-    short_episode: type[Episode] = Episode
-    """For warming up a CPU."""
+    warm_up: type[Episode] | None = None
+    """What warms up a CPU, with one question; None: all that is timed, since Java compiles its search late."""
     trials: Sequence[tuple[Sequence[Question], int, int]] = ()
     """Questions, episodes of each and rows of the smaller rollouts from which the time is predicted."""
     trial_episode: type[Episode] = Episode
@@ -253,10 +253,10 @@ def report(workload: Workload, repeats: int, on_part: OnPart = lambda name: None
     loops = _loops(workload)
     for name, play in loops.items():
         on_part(f"{workload.name}: {name}, warm-up")
-        if gpu:  # the first call of a shape chooses kernels
+        if gpu or workload.warm_up is None:  # on a GPU, the first call of a shape chooses kernels
             play(workload.retriever(), workload.questions, workload.n, workload.episode, RolloutTimes())
         else:
-            play(workload.retriever(), workload.questions[:1], 1, workload.short_episode, RolloutTimes())
+            play(workload.retriever(), workload.questions[:1], 1, workload.warm_up, RolloutTimes())
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     played: dict[str, list[Trajectory]] = {}
     for repeat in range(repeats):
