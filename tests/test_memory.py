@@ -210,18 +210,19 @@ def test_twice_the_episodes_take_twice_the_cache_and_nothing_in_training() -> No
 def test_plain_weights_for_rollouts_are_planned_where_they_fit_and_wanted() -> None:
     skeleton = _skeleton(shape(), ModelConfig(), torch.bfloat16, None)
     linear = sum(p.numel() for name, p in skeleton.named_parameters() if "_proj.base_layer.weight" in name)
-    many = "engine.batch_size=16"
-    always = plan(many, "engine.shadow=always")
+    cheap = ("ofsd.enabled=false", "grpo.micro_batch_tokens=1", "protocol.max_completion_tokens=64")  # rollouts are asked
+    many = ("engine.batch_size=16", *cheap)
+    always = plan(*many, "engine.shadow=always")
     assert always.stages["rollout"]["shadow weights"] == 2 * linear
 
     def planned(*overrides: str, device: str = "cuda", capacity: int | None = always.peaks["rollout"]) -> bool:
         found = plan_memory(settings(*overrides), shape(), device, torch.bfloat16, capacity)
         return "shadow weights" in found.stages["rollout"]
 
-    assert planned(many) and not planned(many, capacity=always.peaks["rollout"] - 1)
-    assert not planned(many, "engine.shadow=never")
-    assert not planned("engine.batch_size=15"), "4-bit kernels are as fast for few rows"
-    assert planned("engine.batch_size=4", device="cpu", capacity=None), "on a CPU they never are"
+    assert planned(*many) and not planned(*many, capacity=always.peaks["rollout"] - 1)
+    assert not planned(*many, "engine.shadow=never")
+    assert not planned("engine.batch_size=15", *cheap), "4-bit kernels are as fast for few rows"
+    assert planned("engine.batch_size=4", *cheap, device="cpu", capacity=None), "on a CPU they never are"
 
 
 def peak(name: str, *overrides: str) -> int:
