@@ -270,8 +270,8 @@ class RunFolder:
 
     def _within(self, name: str) -> list[tuple[int, Path]]:
         """Steps and folders of the checkpoints within stage `name`, the first first."""
-        found = (self.path / "checkpoints").glob(f"{name}.step-*")
-        numbers = ((path.name.rpartition("-")[2], path) for path in found)
+        start = f"{name}.step-"
+        numbers = ((path.name.removeprefix(start), path) for path in (self.path / "checkpoints").glob("[!.]*"))
         return sorted((int(number), path) for number, path in numbers if number.isdecimal())
 
     def update_checkpoint(self, name: str, state: dict[str, Any]) -> None:

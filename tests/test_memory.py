@@ -210,7 +210,7 @@ def test_twice_the_episodes_take_twice_the_cache_and_nothing_in_training() -> No
 def test_plain_weights_for_rollouts_are_planned_where_they_fit_and_wanted() -> None:
     skeleton = _skeleton(shape(), ModelConfig(), torch.bfloat16, None)
     linear = sum(p.numel() for name, p in skeleton.named_parameters() if "_proj.base_layer.weight" in name)
-    cheap = ("ofsd.enabled=false", "grpo.micro_batch_tokens=1", "protocol.max_completion_tokens=64")  # rollouts are asked
+    cheap = ("ofsd.enabled=false", "grpo.micro_batch_tokens=1", "protocol.max_completion_tokens=64")  # for speed
     many = ("engine.batch_size=16", *cheap)
     always = plan(*many, "engine.shadow=always")
     assert always.stages["rollout"]["shadow weights"] == 2 * linear

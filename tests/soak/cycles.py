@@ -3,15 +3,20 @@
     python tests/soak/cycles.py [--rounds 100] [--remember 200]
 
 Each round is ten GRPO steps and as many of OFSD as its pairs give, on the demo's policy, with a checkpoint and an
-evaluation after each stage. Resident memory, threads and open files are looked at after each round's evaluation; slopes
-are of the second half, by least squares, with the standard error of the slope. The retriever remembers its last 20,000
-queries, more than a soak asks: with `--remember` so many, so that what grows besides is seen.
+evaluation after each stage. Memory, threads and open files are looked at after each round's evaluation; slopes are of
+the second half, by least squares, with the standard error of the slope. Resident memory has what the allocator keeps
+for later in it, which grows in steps; what is in use is told beside it: bytes from the C allocator (glibc's), blocks of
+Python's own, and what Java has besides its heap, whose size is fixed. The retriever remembers its last 20,000 queries,
+more than a soak asks: with `--remember` so many, so that what grows besides is seen.
 """
 
 import argparse
+import ctypes
+import gc
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import psutil
@@ -38,10 +43,45 @@ SETTINGS = [
 ]
 
 
-class Watched(RunFolder):
-    """A run's folder that looks at the process each time an evaluation is logged."""
+class _Malloc(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
 
-    samples: list[tuple[float, int, int]] = []
+    _NAMES = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in _NAMES]
+
+
+class Sample(NamedTuple):
+    resident: float
+    """MiB, as are the others; `python` is in thousands of blocks."""
+    malloc: float
+    python: float
+    java: float
+    threads: int
+    files: int
+
+
+def look() -> Sample:
+    from jnius import autoclass
+
+    gc.collect()
+    process, mallinfo = psutil.Process(), ctypes.CDLL("libc.so.6").mallinfo2
+    mallinfo.restype = _Malloc
+    malloc = mallinfo()
+    java = autoclass("java.lang.management.ManagementFactory").getMemoryMXBean().getNonHeapMemoryUsage()
+    return Sample(
+        process.memory_info().rss / 2**20,
+        (malloc.uordblks + malloc.hblkhd) / 2**20,
+        sys.getallocatedblocks() / 1000,
+        java.getCommitted() / 2**20,
+        process.num_threads(),
+        process.num_fds(),
+    )
+
+
+class Watched(RunFolder):
+    """A run's folder that looks at the process each time a round's last evaluation is logged."""
+
+    samples: list[Sample] = []
     updates = 0
 
     def log(self, record: dict[str, Any]) -> None:
@@ -49,9 +89,13 @@ class Watched(RunFolder):
         if record["stage"] != "evaluate":
             self.updates += 1
         elif record["name"].endswith("ofsd"):
-            process = psutil.Process()
-            self.samples.append((process.memory_info().rss / 2**20, process.num_threads(), process.num_fds()))
-            print(f"{self.updates} updates: %.1f MiB, %d threads, %d open files" % self.samples[-1], flush=True)
+            self.samples.append(sample := look())
+            print(
+                f"{self.updates} updates: {sample.resident:.1f} MiB, in use {sample.malloc:.2f} MiB of malloc's, "
+                f"{sample.python:.1f} thousand blocks of Python's, {sample.java:.2f} MiB of Java's; "
+                f"{sample.threads} threads, {sample.files} open files",
+                flush=True,
+            )
 
 
 def slope(values: list[float]) -> tuple[float, float]:
@@ -77,13 +121,12 @@ def main() -> None:
         folder = Watched(Path(place) / "run", config, resume=False)
         run(config, folder, RichTasks(quiet=True))
     late = folder.samples[len(folder.samples) // 2 :]
-    memory, error = slope([sample[0] for sample in late])
-    print(
-        f"{folder.updates} updates in {rounds} rounds; memory {late[0][0]:.1f} to {late[-1][0]:.1f} MiB in the second"
-    )
-    print(f"half, slope {memory:+.3f} +- {error:.3f} MiB a round;", end=" ")
-    for name, place in (("threads", 1), ("open files", 2)):
-        print(f"{name} {late[0][place]} to {late[-1][place]}", end="; " if place == 1 else "\n")
+    print(f"{folder.updates} updates in {rounds} rounds; in the second half:")
+    names = ("resident MiB", "MiB in use of malloc's", "thousand blocks of Python's", "MiB of Java's beside its heap")
+    for place, name in enumerate(names):
+        values = [sample[place] for sample in late]
+        print(f"{name}: {values[0]:.2f} to {values[-1]:.2f}, slope %+.4f +- %.4f a round" % slope(values))
+    print(f"threads: {late[0].threads} to {late[-1].threads}; open files: {late[0].files} to {late[-1].files}")
 
 
 if __name__ == "__main__":
