@@ -2,10 +2,12 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -25,6 +27,7 @@ from searche1_lite.search.counters import Counters, shared_file
 from searche1_lite.search.http import TOKEN_VARIABLE, HTTPRetriever, parse_answer
 from searche1_lite.search.index import build_index
 from searche1_lite.search.server import LONGEST_QUERY, MOST_PASSAGES, MOST_QUERIES, as_answer
+from searche1_lite.search.workers import FairSocket
 
 TOKEN = "correct-horse-battery-staple"
 CORPUS = [
@@ -182,7 +185,19 @@ def test_a_token_is_asked_for_and_shown(crowd: RunningServer, monkeypatch: pytes
         assert not any(TOKEN in argument for argument in worker.cmdline())
 
 
-def test_two_workers_share_the_connections_and_a_dead_one_is_replaced(
+def test_connections_that_come_together_go_to_both_workers(crowd: RunningServer) -> None:
+    address = ("127.0.0.1", int(crowd.url.rpartition(":")[2]))
+    with ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(address)) for _ in range(8)]
+        for client in clients:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert client.recv(64).startswith(b"HTTP/1.1 200")
+        ours = {client.getsockname() for client in clients}
+        held = [sum(one.raddr in ours for one in worker.net_connections("tcp")) for worker in children(crowd.process)]
+    assert sum(held) == 8 and min(held) >= 2, held
+
+
+def test_two_workers_answer_alike_and_a_dead_one_is_replaced(
     crowd: RunningServer, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
@@ -196,7 +211,6 @@ def test_two_workers_share_the_connections_and_a_dead_one_is_replaced(
         assert all(pool.map(ask_again_and_again, [20] * 8))
     both = children(crowd.process)
     assert len(both) == 2
-    assert all(sum(worker.cpu_times()[:2]) > 0 for worker in both)
     for victim in both:
         with ThreadPoolExecutor(4) as pool:
             asking = [pool.submit(ask_again_and_again, 40) for _ in range(4)]
@@ -209,6 +223,38 @@ def test_two_workers_share_the_connections_and_a_dead_one_is_replaced(
     assert status == 200 and b"searche1_search_worker_deaths_total 2\n" in text
     total = next(line for line in text.decode().splitlines() if line.startswith("searche1_search_queries_total"))
     assert float(total.split()[1]) >= 8 * 20 * 5, "what the dead ones did counts on"
+
+
+def test_a_worker_leaves_a_connection_to_one_with_fewer_but_not_for_ever() -> None:
+    with shared_file(2) as file, socket.create_server(("127.0.0.1", 0)) as listening, ExitStack() as stack:
+        counters, other = Counters(2, 0, file), Counters(2, 1, file)
+        held = [2]
+        fair = stack.enter_context(FairSocket(listening.detach(), counters, lambda: held[0]))
+        fair.setblocking(False)
+        for _ in range(3):
+            stack.enter_context(socket.create_connection(fair.getsockname()))
+        other.put("connections", 1)
+        with pytest.raises(BlockingIOError):
+            fair.accept()
+        assert other.of_others("connections") == [2]
+        other.put("connections", 2)
+        stack.enter_context(fair.accept()[0])
+        assert other.of_others("connections") == [3]
+        other.put("connections", 0)
+        refusals = 0
+        while True:  # the other one is dead, or has a long pause
+            try:
+                stack.enter_context(fair.accept()[0])
+                break
+            except BlockingIOError:
+                refusals += 1
+        assert refusals > 1
+        with pytest.raises(BlockingIOError):
+            fair.accept()
+        held[0] = 0
+        stack.enter_context(fair.accept()[0])
+        with pytest.raises(BlockingIOError):
+            fair.accept()  # nobody is there
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

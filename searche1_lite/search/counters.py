@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from tempfile import TemporaryFile
 from typing import IO
 
-_COUNTED = ("2xx", "4xx", "5xx", "queries", "seconds", "deaths")
+_COUNTED = ("2xx", "4xx", "5xx", "queries", "seconds", "deaths", "connections")
 _NUMBER = 8
 """Bytes."""
 
 
 @dataclass
 class Counters:
-    """A row of numbers for each worker, which it alone adds to. A worker that takes a dead one's place goes on with it.
+    """A row of numbers for each worker, which it alone writes. A worker that takes a dead one's place goes on with it.
 
     Args:
         workers: rows.
@@ -32,6 +32,15 @@ class Counters:
 
     def add(self, what: str, amount: float = 1.0) -> None:
         self._numbers[self.row * len(_COUNTED) + _COUNTED.index(what)] += amount
+
+    def put(self, what: str, value: float) -> None:
+        """In place of what this worker had there."""
+        self._numbers[self.row * len(_COUNTED) + _COUNTED.index(what)] = value
+
+    def of_others(self, what: str) -> list[float]:
+        """What each of the other workers has."""
+        found = list(self._numbers[_COUNTED.index(what) :: len(_COUNTED)])
+        return found[: self.row] + found[self.row + 1 :]
 
     def total(self, what: str) -> float:
         """Over all workers."""

@@ -1,6 +1,6 @@
 """Several processes that answer for one search server, each with a Java machine of its own over the same index.
 
-They take connections from one listening socket, each the next one when it has time. One that dies is replaced, and the
+They take connections from one listening socket, whoever has the fewest the next one. One that dies is replaced, and the
 connections that it held are lost: clients ask again. If the process that started them goes, they go.
 """
 
@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
@@ -29,6 +30,8 @@ _TICK = 0.2
 """Seconds between two looks at the workers."""
 _QUEUE = 1024
 """Connections that may wait to be taken."""
+_COURTESY = 0.1
+"""Seconds for which a connection is left to another worker that has fewer."""
 _PATIENCE = 10.0
 """Seconds in which a worker is to end."""
 
@@ -159,6 +162,43 @@ def _ended(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
+class FairSocket(socket.socket):
+    """A listening socket of several processes whose connections go to whichever has the fewest.
+
+    Else the first to wake would take all that come together, and with clients that keep their connections the others
+    would stay idle. An event loop takes a refusal for "nobody is there", and looks again at once.
+
+    Args:
+        bound: the socket; it is taken over.
+        counters: what each process has, as of its last look.
+        held: how many connections this process has.
+    """
+
+    def __init__(self, bound: int, counters: Counters, held: Callable[[], int]) -> None:
+        super().__init__(fileno=bound)
+        self._counters, self._held = counters, held
+        self._left_since: float | None = None
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection.
+
+        Raises:
+            BlockingIOError: if there is none, or if another process is to have it.
+        """
+        self._counters.put("connections", held := self._held())
+        now = time.monotonic()
+        if held > min(self._counters.of_others("connections")):
+            if self._left_since is None:
+                self._left_since = now
+            if now - self._left_since < _COURTESY:
+                time.sleep(0.0005)  # the other one may need this core
+                raise BlockingIOError
+        self._left_since = None
+        taken = super().accept()
+        self._counters.put("connections", held + 1)
+        return taken
+
+
 def work(told: dict[str, Any]) -> None:
     """A worker's life: opens the engine, says so on stdout, and answers until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -179,7 +219,7 @@ def work(told: dict[str, Any]) -> None:
     search = SearchConfig(**told["search"])
     counters = Counters(told["workers"], told["row"], os.fdopen(told["counters"], "r+b"))
     app = create_app(open_retriever(search), search.k, counters)
-    bound = socket.socket(fileno=told["socket"])
+    bound = FairSocket(told["socket"], counters, lambda: len(ending[0].server_state.connections))
     place = Place(bound=bound, **told["place"])
 
     def started(url: str) -> None:
@@ -187,7 +227,7 @@ def work(told: dict[str, Any]) -> None:
         print("ready", flush=True)
 
     server = GuardedServer(app, place, on_start=started)
-    # One connection at a time is taken up, so that they go to whoever has time; how many may wait is set above.
+    # One connection is taken at a time, so that each is counted before the next; how many may wait is set above.
     server.config.backlog = 1
     ending.append(server)
     server.start()
