@@ -282,6 +282,37 @@ def doctor(
     raise typer.Exit(0 if found["ok"] else 1)
 
 
+@app.command("config", epilog="Example: searche1-lite config --preset demo grpo")
+def config_command(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="A section or setting to tell of, such as grpo or grpo.steps; none: all. And values over those of the "
+            "preset and the file, such as grpo.steps=20.",
+            metavar="[SECTION] [KEY=VALUE]",
+        ),
+    ] = None,
+    preset: args.Preset = None,
+    config: args.ConfigFile = None,
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print YAML that --config reads, not tables.")] = False,
+) -> None:
+    """Every setting: its value, what it may be, and what it means.
+
+    Without --preset and --config, the defaults.
+    """
+    from searche1_lite.config import load_config
+    from searche1_lite.settings_listing import as_commented_yaml, list_settings
+
+    settings = load_config(preset, config, [word for word in words or [] if "=" in word])
+    found = list_settings(settings, [word for word in words or [] if "=" not in word])
+    if as_yaml:
+        typer.echo(as_commented_yaml(found), nl=False)
+        return
+    from searche1_lite.console import settings_tables
+
+    _show({"sections": found}, False, settings_tables)
+
+
 @app.command(epilog="Example: searche1-lite bench --quick --json")
 def bench(
     overrides: args.Overrides = None,

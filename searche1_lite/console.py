@@ -122,6 +122,30 @@ def sweep_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def settings_tables(found: dict[str, Any]) -> list[Table | str]:
+    """A table a section, from `settings_listing.list_settings`: what is not the default is bold."""
+    from searche1_lite.settings_listing import one_line_value
+
+    parts: list[Table | str] = []
+    for section in found["sections"]:
+        if section.name:
+            parts.append(f"[bold cyan]{section.name}[/]: {escape(section.meaning)}")
+        table = Table(box=SIMPLE, show_header=False, padding=(0, 1, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold", max_width=24)
+        table.add_column(ratio=1)
+        for setting in section.settings:
+            value, same = one_line_value(setting.value), setting.value == setting.default
+            kind = setting.kind if same else f"{setting.kind}; default: {one_line_value(setting.default)}"
+            table.add_row(
+                f"{section.name}.{setting.name}" if section.name else setting.name,
+                escape(value) if same else f"[bold]{escape(value)}[/]",
+                f"{escape(setting.meaning)} [dim]({escape(kind)})[/]",
+            )
+        parts.append(table)
+    return parts
+
+
 def doctor_tables(found: dict[str, Any]) -> list[Table | str]:
     """What `doctor.examine` found: the checks, the memory plan with a row a part, and what to change."""
     marks = {"ok": "[green]ok[/]", "warn": "[yellow]note[/]", "fail": "[red]FAIL[/]"}
