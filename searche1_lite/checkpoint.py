@@ -27,6 +27,7 @@ from searche1_lite.sealed_folder import (
     cut,
     fingerprint,
     read_sealed,
+    recover_sealed,
     remove_sealed,
     sync,
     update_sealed,
@@ -113,6 +114,7 @@ class RunFolder:
             self._resume = True  # what is there from now on is its own
             (self.path / "checkpoints").mkdir(exist_ok=True)
             (self.path / "trajectories").mkdir(exist_ok=True)
+            recover_sealed(self.path / "checkpoints")
             for left in (self.path / "checkpoints").glob(".*"):  # by a process that died over it
                 shutil.rmtree(left, ignore_errors=True)
             if not (self.path / "config.yaml").is_file():

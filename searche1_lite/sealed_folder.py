@@ -54,6 +54,22 @@ def write_sealed(final: Path, write: Callable[[Path], None], state: dict[str, An
     shutil.rmtree(earlier, ignore_errors=True)
 
 
+def recover_sealed(parent: Path) -> None:
+    """Puts back each folder in `parent` whose replacing was cut off between its two renames: the new one if that is
+    whole, else the earlier one. Both have names that begin with a dot then, and would be taken for leftovers."""
+    for earlier in sorted(parent.glob(".*.earlier")):
+        final = earlier.with_name(earlier.name[1:].removesuffix(".earlier"))
+        if final.exists():
+            continue  # cut off after the second one
+        staging = final.with_name(f".{final.name}.staging")
+        try:
+            read_sealed(staging)
+        except DamagedError:
+            staging = earlier
+        staging.rename(final)
+        sync(parent)
+
+
 def update_sealed(folder: Path, state: dict[str, Any]) -> None:
     """Replaces the state of a folder that is there; its files are taken to be those it was sealed with."""
     write_atomically(folder / SEAL, _sealed(state, _read_seal(folder)["files"]))

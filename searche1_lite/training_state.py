@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
@@ -183,6 +184,8 @@ def train(trainer: ResumableTrainer, keeper: StageKeeper | None) -> None:
     source = keeper.resumed_from if keeper is not None else None
     if source is not None and uses_deepspeed():
         raise UserError(f"DeepSpeed cannot go on within a stage, from {source.name}; go on without it")
+    if source is not None:
+        _check_readable(source)
     try:
         with telling_of_losses():
             trainer.train(resume_from_checkpoint=None if source is None else str(source))
@@ -193,6 +196,23 @@ def train(trainer: ResumableTrainer, keeper: StageKeeper | None) -> None:
     finally:
         if uses_deepspeed():
             trainer.accelerator.free_memory()  # its hooks would stay with the adapter, and notice the next stage's
+
+
+def _check_readable(folder: Path) -> None:
+    """Refuses a checkpoint with a file that is no safetensors or no JSON: sound checksums do not tell who wrote it."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix == ".json":
+                _read_json(path)
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path} is not what `train` writes ({error}); delete {folder}, and --resume goes on from the one "
+                "before",
+                exit_code=1,
+            ) from error
 
 
 def saving_arguments(keeper: StageKeeper | None) -> dict[str, Any]:

@@ -1,13 +1,22 @@
-"""A run that is stopped anywhere and resumed comes to the same end as one that was not, bit for bit."""
+"""A run that is stopped anywhere and resumed comes to the same end as one that was not, bit for bit.
+
+Its learning rate is another one in each step, and its reward draws from torch's, numpy's and python's generators, so
+that whatever is lost of a schedule or of a random state gives another adapter.
+"""
 
 import json
+import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import numpy
 import pytest
+import torch
 
 from searche1_lite import loaded_run
 from searche1_lite.checkpoint import RunFolder
@@ -15,6 +24,7 @@ from searche1_lite.config import Config, load_config
 from searche1_lite.console import RichTasks
 from searche1_lite.evolve import run
 from searche1_lite.interrupt import Interrupted, Stop
+from searche1_lite.reward import Written, exact_match
 
 SETTINGS = [
     "rounds=1",
@@ -22,9 +32,11 @@ SETTINGS = [
     "grpo.steps=3",
     "grpo.questions_per_step=4",
     "grpo.micro_batch_tokens=400",
+    "grpo.warmup_ratio=1.0",  # another rate in each step: where it stands counts
     "ofsd.questions=14",
     "ofsd.batch_size=4",
     "ofsd.micro_batch_tokens=400",
+    "ofsd.warmup_ratio=1.0",
     "data.evaluation_limit=12",
     "seed=3",
 ]
@@ -36,6 +48,12 @@ TIMES = (
     "tokens_per_second",
     "peak_memory_mb",
 )
+
+
+def drawn(written: Written) -> float:
+    """Exact match, and on a right answer a little more or less by what is drawn."""
+    drawn = float(torch.rand(())) + numpy.random.random() + random.random()  # noqa: NPY002 - the state that is kept
+    return exact_match(written.answer, written.golden_answers) * (1 + 0.1 * drawn)
 
 
 class Tasks(RichTasks):
@@ -63,31 +81,43 @@ class KeepsAll(RunFolder):
 def play(
     path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, stop_at: tuple[str, int] | None = None
 ) -> list[str]:
-    """Runs to the end, or to the n-th point of a task where a run can be stopped, where a SIGTERM comes.
+    """Runs to the end, or to the n-th point of a kind where a run can be stopped, where a SIGTERM comes.
 
     A task has more such points where searches are waited for long, so a point is counted within its own.
 
     Returns:
-        The task that was going on at each point.
+        The kind of each point: the task that was going on, and in a training step whether it was before its first pass
+        or a later one.
     """
-    tasks, points = Tasks(), []
+    tasks, points, steps = Tasks(), [], [None]
 
     class Counting(Stop):
         def check(self) -> None:
-            points.append(tasks.now)
-            if stop_at == (tasks.now, points.count(tasks.now)):
+            caller = sys._getframe(1)
+            points.append(tasks.now + passes_done(caller, steps))
+            if stop_at == (points[-1], points.count(points[-1])):
                 signal.raise_signal(signal.SIGTERM)
             super().check()
 
     monkeypatch.setattr(loaded_run, "Stop", Counting)
     folder = KeepsAll(path, config, resume=True)
     if stop_at is None:
-        run(config, folder, tasks)
+        run(config, folder, tasks, reward=drawn)
     else:
         with pytest.raises(Interrupted) as caught:
-            run(config, folder, tasks)
+            run(config, folder, tasks, reward=drawn)
         assert caught.value.exit_code == 143
     return points
+
+
+def passes_done(caller: FrameType, steps: list[FrameType | None]) -> str:
+    """Where in a training step its code is; outside of one, nothing. `steps` has the last such code."""
+    if caller.f_code.co_name != "_passes":
+        return ""
+    begins, steps[0] = caller is not steps[0], caller
+    gradients = [p.grad for p in caller.f_locals["model"].parameters() if p.requires_grad and p.grad is not None]
+    assert any(bool(gradient.any()) for gradient in gradients) != begins, "gradients are added up within a step"
+    return ", first pass" if begins else ", later pass"
 
 
 def timeless(value: Any) -> Any:
@@ -127,20 +157,21 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
 POINTS = [
     ("base: evaluate", 0.3),
     ("base: evaluate", 0.9),
-    ("round1: GRPO", 0.02),
-    ("round1: GRPO", 0.3),
-    ("round1: GRPO", 0.62),
-    ("round1: GRPO", 0.99),
+    ("round1: GRPO", 0.4),
+    ("round1: GRPO, first pass", 0.0),
+    ("round1: GRPO, later pass", 0.5),
+    ("round1: GRPO, later pass", 0.99),
     ("round1.grpo: evaluate", 0.5),
     ("round1: roll out", 0.1),
     ("round1: roll out", 0.95),
     ("round1: teacher (plain)", 0.5),
     ("between", 0.6),
-    ("round1: OFSD", 0.0),
-    ("round1: OFSD", 0.5),
-    ("round1: OFSD", 0.99),
+    ("round1: OFSD, first pass", 0.0),
+    ("round1: OFSD, later pass", 0.5),
+    ("round1: OFSD, later pass", 0.99),
     ("round1.ofsd: evaluate", 0.4),
 ]
+"""Where runs are stopped: in a task, and how far in it."""
 
 
 @pytest.mark.parametrize(("task", "place"), POINTS)
@@ -170,7 +201,7 @@ def test_rollouts_damaged_while_a_run_is_interrupted_are_made_again_to_the_same_
 ) -> None:
     whole, points = unbroken
     config = load_config("demo", None, [*SETTINGS, "checkpoint.every_steps=1"])
-    play(tmp_path / "run", config, monkeypatch, stop_at=("round1: OFSD", points.count("round1: OFSD") // 2))
+    play(tmp_path / "run", config, monkeypatch, stop_at=("round1: OFSD, later pass", 2))
     rollouts = tmp_path / "run" / "trajectories" / "round1.ofsd.rollouts.jsonl"
     first, *others = map(json.loads, rollouts.read_text().splitlines())
     first["completion_ids"][0] ^= 1

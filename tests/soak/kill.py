@@ -104,6 +104,7 @@ def main() -> None:
             print(f"run {rounds} came to the same end, bit for bit", flush=True)
         told = errors.read_text()
         assert "checksum" not in told and "damaged" not in told, told
+        assert in_saves >= 0.4 * kills, f"only {in_saves} of {kills} kills fell within a save"
     print(f"{kills} kills, {in_saves} within a save, over {rounds} runs: nothing lost")
 
 
