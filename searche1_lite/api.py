@@ -391,7 +391,8 @@ def _prepare_process(alone: str | None = None) -> None:
     if alone is not None:
         check_alone(alone)
     if sys.platform == "linux":
-        # The KV cache grows token by token; without this, the memory it leaves behind is too small for what comes.
+        # Steps, and the buckets of the KV cache, differ in size; without this, the memory that one leaves behind is in
+        # pieces too small for the next.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if launched:
         return  # each process has a GPU of its own

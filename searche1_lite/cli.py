@@ -475,7 +475,8 @@ def main() -> None:
         # With several cards in sight TRL would spread batches over them; a run is for one, and this says which.
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if sys.platform == "linux":
-        # The KV cache grows token by token; without this, the memory it leaves behind is too small for what comes.
+        # Steps, and the buckets of the KV cache, differ in size; without this, the memory that one leaves behind is in
+        # pieces too small for the next.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         app()
@@ -484,7 +485,11 @@ def main() -> None:
         if found is None or os.environ.get("SEARCHE1_LITE_DEBUG"):
             raise
         message, exit_code = found
-        if not (isinstance(error, UserError) and error.told_elsewhere):
+        if isinstance(error, UserError) and error.told_elsewhere:
+            from searche1_lite.distributed import let_the_teller_end_first
+
+            let_the_teller_end_first()
+        else:
             from searche1_lite.distributed import place
 
             print(f"error: {place()}{' '.join(message.split())}", file=sys.stderr)

@@ -14,6 +14,7 @@ policy itself, whose 4-bit base fits one GPU.
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,6 +36,9 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=4)
 """How long one process waits for the others, while they fetch an index for instance. One that dies is noticed at once;
 this ends what hangs."""
+
+TELLERS_TIME_S = 30.0
+"""How long a process that has nothing to tell of an error stays, for the one that has; the launcher ends it sooner."""
 
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -110,6 +114,12 @@ def check_alone(what: str) -> None:
 def _alike(message: str) -> UserError:
     """An error that all processes find by themselves."""
     return UserError(message) if is_first() else ToldElsewhereError(message)
+
+
+def let_the_teller_end_first() -> None:
+    """Before a process ends with what another one tells: the first to end has the launcher end all others, and one that
+    has not spoken by then never would."""
+    time.sleep(TELLERS_TIME_S)
 
 
 def join(config: "Config") -> None:

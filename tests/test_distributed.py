@@ -1,5 +1,6 @@
 """Two processes, started by `accelerate launch`, come to what one does; one that is killed or stopped ends both."""
 
+import hashlib
 import json
 import os
 import signal
@@ -121,17 +122,19 @@ print(f"process {rank()} is done")
 
 
 @contextmanager
-def launched(out: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    with launch("-m", "searche1_lite", "train", "--preset", "demo", "--out", str(out), *SETTINGS, *arguments) as run:
+def launched(out: Path, *arguments: str, processes: int = 2) -> Iterator[subprocess.Popen[str]]:
+    command = ("-m", "searche1_lite", "train", "--preset", "demo", "--out", str(out), *SETTINGS, *arguments)
+    with launch(*command, processes=processes) as run:
         yield run
 
 
 @contextmanager
-def launch(*program: str) -> Iterator[subprocess.Popen[str]]:
-    """Two processes of a program; what they say comes through one pipe."""
+def launch(*program: str, processes: int = 2) -> Iterator[subprocess.Popen[str]]:
+    """So many processes of a program; what they say comes through one pipe."""
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"),
-        *("--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--num_processes", str(processes), "--main_process_port", "0"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no"),
         *program,
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
@@ -158,6 +161,14 @@ def signal_second(launcher: subprocess.Popen[str], line: str, signum: signal.Sig
     [second] = [process for process in processes if process.environ().get("RANK") == "1"]
     second.send_signal(signum)
     return finish(launcher)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Everything below `folder`, and the checksum of what is a file."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
+        for path in folder.rglob("*")
+    }
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -200,9 +211,8 @@ def test_two_processes_make_the_run_that_one_makes(alone: Path, tmp_path: Path) 
     assert launcher.returncode == 0, told
     assert_same_run(alone, tmp_path / "run")
     assert told.count("round1: GRPO: 3 in") == 1 and told.count("run: ") == 1, "one of them speaks"
-    assert {path.relative_to(alone) for path in alone.rglob("*")} <= {
-        path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*")
-    }
+    # The command line writes the report; beside that nothing is there but what one process writes.
+    assert tree(tmp_path / "run").keys() == tree(alone).keys() | {"report.html"}
 
 
 def test_a_run_goes_on_after_one_process_was_killed_and_one_stopped_on_another_number_of_processes(
@@ -215,6 +225,14 @@ def test_a_run_goes_on_after_one_process_was_killed_and_one_stopped_on_another_n
     assert "error: another of the 2 processes is gone" in told and "--resume" in told
     assert (path / "checkpoints" / "round1.grpo.step-1").is_dir()
     assert not (path / "checkpoints" / "round1.grpo").exists()
+
+    before = tree(path)
+    with launched(path, "--resume", processes=3) as launcher:
+        told = finish(launcher)
+    said = [line for line in told.splitlines() if line.startswith("error:")]
+    assert launcher.returncode not in (0, None) and len(said) == 1
+    assert "grpo.questions_per_step=4" in said[0] and "multiple of 3" in said[0]
+    assert tree(path) == before, "a number of processes that does not fit changes nothing"
 
     with launched(path, "--resume") as launcher:
         told = signal_second(launcher, "round1: teacher (privileged)", signal.SIGTERM)
@@ -236,8 +254,23 @@ def test_what_could_come_out_differently_is_agreed_upon(tmp_path: Path, monkeypa
     assert told.count("this update is skipped") == 1
 
 
-def test_a_step_that_cannot_be_shared_out_is_refused_in_one_line(tmp_path: Path) -> None:
-    with launched(tmp_path / "run", "grpo.questions_per_step=3") as launcher:
+LATE = """
+import sys, time
+from searche1_lite.cli import main
+from searche1_lite.distributed import rank
+
+if rank() == 0:
+    time.sleep(4)
+main()
+"""
+
+
+def test_a_step_that_cannot_be_shared_out_is_refused_in_one_line_however_late_the_first_process_is(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    arguments = ["train", "--preset", "demo", "--out", str(tmp_path / "run"), *SETTINGS, "grpo.questions_per_step=3"]
+    with launch(str(tmp_path / "late.py"), *arguments) as launcher:
         told = finish(launcher)
     said = [line for line in told.splitlines() if line.startswith("error:")]
     assert launcher.returncode not in (0, None) and len(said) == 1

@@ -7,7 +7,7 @@ from conftest import byte_level_tokenizer, tiny_protocol_config
 from hostile_documents import MARKERS
 from hostile_documents import TAGS as TAG_TEXTS
 from hostile_tokenizers import gemma_like, llama2_like, unflagged_like
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from searche1_lite.protocol import STOP_TAGS, TAGS, Protocol, escape, last_block, parse_turn
@@ -128,13 +128,16 @@ def test_escaping_is_idempotent_and_replaces_angle_brackets_alone(text: str) -> 
 
 @FEW
 @given(HARMLESS)
+@example("▁")
 def test_harmless_text_is_not_touched(text: str) -> None:
     assert escape(text) == text
     for protocol in PROTOCOLS[:2]:
         tokenizer = protocol.tokenizer
         if not any(content in text for content in protocol._added):
             assert protocol.encode_data(text) == tokenizer.encode(text, add_special_tokens=False)
-            assert tokenizer.decode(protocol.encode_data(text)) == text
+            # SentencePiece writes blanks as "▁", so that one comes back as a blank.
+            blanks = text.replace("▁", " ") if tokenizer.decode(tokenizer.encode("▁")) == " " else text
+            assert tokenizer.decode(protocol.encode_data(text)) == blanks
 
 
 @FEW
