@@ -194,8 +194,8 @@ def test_two_at_a_time_give_the_same_figures_and_workers_that_die_take_no_other_
     assert process.returncode == 1
     died = [run for row in result["variants"] for run in row["runs"] if "its process died" in (run["error"] or "")]
     assert 1 <= len(died) <= 2 and all(run["state"] == "failed" for run in died)
-    states = [run["state"] for row in result["variants"] for run in row["runs"]]
-    assert set(states) == {"done", "failed"} and states.count("failed") == len(died), "the others were done"
+    runs = [run for row in result["variants"] for run in row["runs"]]
+    assert all(run["state"] == "done" for run in runs if run not in died), (runs, told)
     resumed = json.loads(sweep(folder, "--out", "two", "--jobs", "2", "--resume", file="fewer.yaml").stdout)
     for one, other in zip(resumed["variants"], whole["variants"], strict=False):
         assert all(one[key] == other[key] for key in CONTRACT - {"seconds"})

@@ -1,7 +1,7 @@
 """Soaks `serve-search` with a client that costs little: requests are bytes made beforehand, answers are compared whole.
 
     python tests/soak/serve_search.py clients     64 clients at once for 60 s: every answer right, memory flat
-    python tests/soak/serve_search.py scaling     queries a second with one worker and with two
+    python tests/soak/serve_search.py scaling     queries a second with one worker, on one core and on all, and with two
     python tests/soak/serve_search.py queries     50,000 different queries through the client that rollouts use
 
 Each prints one JSON object, and fails where an answer is wrong or missing. The corpus is made up: 100,000 passages of
@@ -11,6 +11,7 @@ words as frequent as in a language. Give the machine to it alone: client and ser
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
 import sys
@@ -162,20 +163,23 @@ def soak_clients(index: Path, seconds: float, workers: int) -> dict[str, Any]:
 
 
 def soak_scaling(index: Path, seconds: float, batch: int) -> dict[str, Any]:
-    """Both servers run, and are asked in turn, so that whatever else the machine does falls on both."""
+    """One worker on one core, one that may use all, and two: all run, and are asked in turn, so that whatever else the
+    machine does falls on each."""
     windows, fresh = 6, cycle(make_queries(400_000, 2))  # many more than a server remembers
+    cores = os.sched_getaffinity(0)
     with ExitStack() as stack:
-        servers = {
-            workers: stack.enter_context(
-                serve_search("--index", str(index), "--workers", str(workers), "search.threads=1")
-            )
-            for workers in (1, 2)
-        }
-        rates: dict[int, list[float]] = {1: [], 2: []}
-        cpu: dict[int, list[float]] = {1: [], 2: []}
+        servers = {}
+        for name, workers, allowed in (("1_on_1_core", 1, {min(cores)}), ("1", 1, cores), ("2", 2, cores)):
+            os.sched_setaffinity(0, allowed)  # the server inherits it, with all threads that it will have
+            options = ("--index", str(index), "--workers", str(workers), "search.threads=1")
+            servers[name] = stack.enter_context(serve_search(*options))
+        os.sched_setaffinity(0, cores)
+        rates: dict[str, list[float]] = {name: [] for name in servers}
+        cpu: dict[str, list[float]] = {name: [] for name in servers}
+        busy: dict[str, list[float]] = {name: [] for name in servers}
         client: list[float] = []
         for window in range(windows + 2):
-            for workers, server in servers.items():
+            for name, server in servers.items():
                 warming = window < 2
                 length = 10.0 if warming else seconds / windows
                 asked = ((as_request(list(islice(fresh, batch))), None) for _ in range(10**9))
@@ -183,15 +187,20 @@ def soak_scaling(index: Path, seconds: float, batch: int) -> dict[str, Any]:
                 result = asyncio.run(load(port, 8, asked, length, 60.0, lambda: None))
                 assert result["wrong"] == 0, result
                 if not warming:
-                    rates[workers].append(result["requests_per_second"] * batch)
-                    cpu[workers].append(1000 * (spent(server) - before) / (result["requests"] * batch))
+                    took = spent(server) - before
+                    rates[name].append(result["requests_per_second"] * batch)
+                    cpu[name].append(1000 * took / (result["requests"] * batch))
+                    busy[name].append(took / result["seconds"])
                     client.append(result["client_cpu_share"])
+    middle = {name: statistics.median(of) for name, of in rates.items()}
     return {
         "batch": batch,
-        "queries_per_second": {workers: [round(rate) for rate in of] for workers, of in rates.items()},
-        "server_cpu_ms_a_query": {workers: round(statistics.median(of), 3) for workers, of in cpu.items()},
+        "queries_per_second": {name: [round(rate) for rate in of] for name, of in rates.items()},
+        "server_cpu_ms_a_query": {name: round(statistics.median(of), 3) for name, of in cpu.items()},
+        "server_cores_busy": {name: round(statistics.median(of), 2) for name, of in busy.items()},
         "client_cpu_share": round(statistics.median(client), 2),
-        "ratio": round(statistics.median(rates[2]) / statistics.median(rates[1]), 2),
+        "ratio": round(middle["2"] / middle["1"], 2),
+        "ratio_to_one_core": round(middle["2"] / middle["1_on_1_core"], 2),
     }
 
 
