@@ -210,10 +210,16 @@ class RunFolder:
     def adopt(self, donor: Path, stages: Sequence[str]) -> None:
         """Takes over finished `stages` of another run, in their order: by settings and seed they are this run's too.
 
-        Does nothing in a run that has a checkpoint of its own.
+        Does nothing in a run that has a checkpoint of its own. One that has only such as were taken over, because it
+        was killed at it, takes over the rest.
         """
         there = [name for name in stages if (donor / "checkpoints" / name).is_dir()]  # not all, with `keep_stages`
-        if not there or self.latest() is not None:
+        if (latest := self.latest()) is not None:
+            path, state = latest
+            if path.name not in there or state != _state_or_none(donor / "checkpoints" / path.name):
+                return  # the same stage, trained by both, took other times
+            there = there[there.index(path.name) + 1 :]
+        if not there:
             return
         stages = stages[: stages.index(there[-1]) + 1]
         try:
@@ -279,6 +285,7 @@ class RunFolder:
     def update_checkpoint(self, name: str, state: dict[str, Any]) -> None:
         """Replaces the state of a stage's checkpoint; of the stages before, those not to be kept any more go."""
         update_sealed(self.path / "checkpoints" / name, state)
+        _check_written(self.path / "checkpoints" / name)
         self.drop_within(name)  # a kill may have come between the stage's own and this
         keep, stages = self._config.checkpoint.keep_stages, state["stages"]
         if keep:
@@ -290,11 +297,7 @@ class RunFolder:
 
     def is_whole(self, name: str) -> bool:
         """Is there a checkpoint of stage `name`, undamaged?"""
-        try:
-            _read_state(self.path / "checkpoints" / name)
-        except DamagedError:
-            return False
-        return True
+        return _state_or_none(self.path / "checkpoints" / name) is not None
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
         """The whole checkpoint that is furthest in the run, and its state; None in a fresh folder.
@@ -403,6 +406,14 @@ def _read_state(folder: Path, files: bool = True) -> dict[str, Any]:
     if (wrong := misfit(state)) is not None:
         raise DamagedError(f"{folder / SEAL} does not fit this version ({wrong} is of another form)")
     return state
+
+
+def _state_or_none(folder: Path) -> dict[str, Any] | None:
+    """The state of a whole checkpoint."""
+    try:
+        return _read_state(folder)
+    except DamagedError:
+        return None
 
 
 def _rewind(path: Path, size: int) -> None:

@@ -2,6 +2,9 @@
 
 import errno
 
+_REFUSED = ("DefaultCPUAllocator", "std::bad_alloc")
+"""In the messages of PyTorch's errors where the system refuses it memory."""
+
 
 class UserError(Exception):
     """Something the user can mend. The message says what happened and what to do next.
@@ -31,6 +34,9 @@ def explain(error: Exception) -> tuple[str, int] | None:
         if error.filename is not None:  # a folder that may not be written to, ...
             return f"{error.strerror}: {error.filename}; make room or give another place", 1
         return str(error), 1
+    refused = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _REFUSED)
+    if refused or isinstance(error, MemoryError):
+        return "memory ran out; `searche1-lite doctor` says what to lower. Finished stages are kept", 1
     # PyTorch is not imported here for the names of its errors.
     if isinstance(error, RuntimeError) and "CUDA" in str(error):
         if type(error).__name__ == "OutOfMemoryError":

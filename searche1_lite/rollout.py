@@ -89,7 +89,7 @@ def rollout(
         check: called before each step, and while passages are waited for. What it raises ends the rollout too.
         episode: makes an episode, to be replaced where a benchmark writes the script or someone watches.
         times: where the time spent is added up, by part.
-        slots: in place of `engine.batch_size`; if the GPU's memory runs out, it is lowered and what was unfinished is
+        slots: in place of `engine.batch_size`; if memory runs out, it is lowered and what was unfinished is
             played again. None: the error is the caller's.
         decoder: makes what writes: `VllmEngine.decoder` for vLLM's, or one that a benchmark watches.
 

@@ -1,4 +1,4 @@
-"""What is done when the GPU's memory runs out: the same work in smaller parts, to the same result.
+"""What is done when memory runs out, the GPU's or a CPU's: the same work in smaller parts, to the same result.
 
 A training step is made anew from zeroed gradients in smaller micro-batches, a rollout's unfinished episodes with fewer
 slots. The smaller size is kept for the rest of the stage.
@@ -17,8 +17,15 @@ from searche1_lite.search.progress import say_on_stderr
 
 Result = TypeVar("Result")
 
-_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-"""In the messages of libraries that ask for memory by themselves; their errors are plain RuntimeErrors."""
+_SIGNS = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator",
+    "std::bad_alloc",
+)
+"""In the messages of libraries that ask for memory by themselves, and of PyTorch where the system refuses it on a CPU;
+their errors are plain RuntimeErrors."""
 
 
 class Limit:
@@ -69,7 +76,7 @@ class Limit:
             try:
                 result = attempt(value)
                 break
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 found = smaller(value)
@@ -77,24 +84,24 @@ class Limit:
             give_memory_back()
             if found is None:
                 raise UserError(
-                    f"the GPU is out of memory for {what}: {remedy}; `searche1-lite doctor` says what fits. "
-                    "What was saved is kept",
+                    f"out of memory for {what}: {remedy}; `searche1-lite doctor` says what fits. What was saved is "
+                    "kept",
                     exit_code=1,
                 )
             value = found
         if value != self.value:
             self.value = value
             say_on_stderr(
-                f"{place()}the GPU's memory ran out in {what}: made anew with {self.setting}={value}, kept for the "
-                "rest of the stage; set it in the config",
+                f"{place()}memory ran out in {what}: made anew with {self.setting}={value}, kept for the rest of the "
+                "stage; set it in the config",
                 by_any=True,
             )
         return result
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Does it say that the GPU has no memory left, whoever asked for it?"""
-    if isinstance(error, torch.OutOfMemoryError):
+    """Does it say that no memory is left, on a GPU or a CPU, whoever asked for it?"""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 

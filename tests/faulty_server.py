@@ -15,7 +15,8 @@ Answer = bytes | Callable[[socket.socket, threading.Event], None]
 
 
 def reply(status: str, body: bytes = b"", *headers: str) -> bytes:
-    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Content-Type: application/json", *headers]
+    about = [f"Content-Length: {len(body)}", "Content-Type: application/json", "Connection: close"]  # as it does
+    lines = [f"HTTP/1.1 {status}", *about, *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ import torch
 from conftest import fresh_policy
 from peft import PeftModel, get_peft_model_state_dict
 
+from searche1_lite import checkpoint
 from searche1_lite.adapter import load_adapter_weights, save_adapter
 from searche1_lite.checkpoint import RunFolder, check_adapter_folder
 from searche1_lite.config import Config, load_config
 from searche1_lite.errors import UserError
 from searche1_lite.schedule import best_stage
-from searche1_lite.sealed_folder import update_sealed, write_atomically
+from searche1_lite.sealed_folder import SEAL, update_sealed, write_atomically, write_sealed
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +254,102 @@ def test_within_a_stage_the_last_two_are_kept_and_none_once_the_stage_is_done(
     assert names(folder) == {"base", "round1.grpo.step-10", "round1.grpo.step-11"}
     folder.save_checkpoint("round1.grpo", policy, summary_of("base", "round1.grpo"))
     assert names(folder) == {"base", "round1.grpo"}
+
+
+@pytest.mark.parametrize("save", ["within a stage", "a stage", "its evaluation"])
+def test_a_save_that_reads_back_wrong_ends_in_a_line_and_takes_nothing_from_the_earlier_ones(
+    tmp_path: Path, policy: PeftModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], save: str
+) -> None:
+    """As on a disk that says it has kept what it has not."""
+    folder = RunFolder(tmp_path / "run", load_config(overrides=["checkpoint.keep_stages=1"]), resume=False).start()
+    checkpoints, done = tmp_path / "run" / "checkpoints", summary_of("base", "round1.grpo")
+    done["stages"][1]["em"] = 0.5  # the best, so that the base is to go
+    folder.save_checkpoint("base", policy, summary_of("base"))
+    for step in (4, 8):
+        save_within(folder, policy, step)
+    if save == "its evaluation":
+        folder.save_checkpoint("round1.grpo", policy, summary_of("base") | {"unevaluated": {"name": "round1.grpo"}})
+
+    def turning_a_bit(write: Callable[..., None], file: str) -> Callable[..., None]:
+        def written(place: Path, *rest: Any) -> None:
+            write(place, *rest)
+            damage(place / file, "a byte")
+
+        return written
+
+    monkeypatch.setattr(checkpoint, "write_sealed", turning_a_bit(write_sealed, "adapter_model.safetensors"))
+    monkeypatch.setattr(checkpoint, "update_sealed", turning_a_bit(update_sealed, SEAL))
+    before, good = names(folder), folder.latest()
+    assert good is not None
+    with pytest.raises(UserError) as caught:
+        if save == "within a stage":
+            save_within(folder, policy, 12)
+        elif save == "a stage":
+            folder.save_checkpoint("round1.grpo", policy, done)
+        else:
+            folder.update_checkpoint("round1.grpo", done)
+    message = str(caught.value)
+    assert caught.value.exit_code == 1 and "\n" not in message and "the disk does not keep what it is given" in message
+    assert names(folder) >= before
+    expected = (checkpoints / "base", summary_of("base")) if save == "its evaluation" else good
+    assert RunFolder(tmp_path / "run", folder._config, resume=True).latest() == expected
+    assert f"going on from {expected[0].name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["new", "replaced"])
+def test_nothing_comes_into_place_before_all_of_it_is_synced_and_its_seal_is_written_last(
+    tmp_path: Path, policy: PeftModel, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    """What a power cut leaves depends on it. Files are told apart by their inodes, which renaming does not change."""
+    events: list[tuple[str, int]] = []
+    synced, renamed, replace, removed, write_text = os.fsync, Path.rename, Path.replace, shutil.rmtree, Path.write_text
+
+    def noting(what: str, act: Callable[..., Any], after: bool = False) -> Callable[..., Any]:
+        def noted(place: Any, *rest: Any, **how: Any) -> Any:
+            known = os.stat(place).st_ino if not after and os.path.exists(place) else None
+            result = act(place, *rest, **how)
+            known = os.stat(place).st_ino if after else known
+            events.extend([(what, known)] if known is not None else [])
+            return result
+
+        return noted
+
+    def write(place: Path) -> None:
+        save_adapter(policy, place)
+        (place / "start").mkdir()
+        (place / "start" / "adapter_model.safetensors").write_bytes(b"as the stage began")
+
+    final = tmp_path / "checkpoints" / "base"
+    if replaced:
+        write_sealed(final, write, summary_of("base"))
+    earlier = final.stat().st_ino if replaced else None
+    monkeypatch.setattr(os, "fsync", noting("synced", synced))
+    monkeypatch.setattr(Path, "rename", noting("renamed", renamed))
+    monkeypatch.setattr(Path, "replace", noting("renamed", replace))
+    monkeypatch.setattr(shutil, "rmtree", noting("removed", removed))
+    monkeypatch.setattr(Path, "write_text", noting("written", write_text, after=True))
+    write_sealed(final, write, summary_of("base"))
+
+    def place(what: str, path: Path) -> int:
+        return events.index((what, path.stat().st_ino))
+
+    seal, files = final / SEAL, [path for path in final.rglob("*") if path.is_file() and path.name != SEAL]
+    folders = [final, final / "start"]
+    assert len(files) >= 3
+    assert max(place("synced", file) for file in files) < place("written", seal) < place("synced", seal)
+    assert all(place("synced", seal) < place("synced", path) < place("renamed", final) for path in folders)
+    kept = next(at for at, event in enumerate(events) if event == ("synced", final.parent.stat().st_ino))
+    assert kept > place("renamed", final)
+    if earlier is not None:
+        assert events.index(("renamed", earlier)) < place("renamed", final)
+        assert events.index(("removed", earlier)) > kept, "it is there until the other one is"
+
+    events.clear()
+    write_atomically(final.parent / "summary.json", "{}")
+    summary = final.parent / "summary.json"
+    assert [event for event in events if event[0] != "written"] == [
+        ("synced", summary.stat().st_ino), ("renamed", summary.stat().st_ino), ("synced", summary.parent.stat().st_ino)
+    ]  # fmt: skip
 
 
 def test_of_the_stages_the_last_ones_and_the_best_are_kept(tmp_path: Path, policy: PeftModel) -> None:
@@ -551,8 +650,9 @@ def test_a_run_adopts_anothers_stages_with_all_that_is_told_of_them(tmp_path: Pa
     assert [json.loads(line)["stage"] for line in lines] == ["base", "round1.grpo"]
     found = {path.name for path in (tmp_path / "taker" / "trajectories").iterdir()}
     assert found == {"base.evaluation.jsonl", "round1.grpo.evaluation.jsonl"}
+    taker.save_checkpoint("round1.ofsd", policy, summary_of(*saved) | {"metrics_size": taker.metrics_size()})
     before = tree(tmp_path / "taker")
-    taker.adopt(tmp_path / "donor", ["base", "round1.grpo", "round1.ofsd"])
+    taker.adopt(tmp_path / "donor", ["base", "round1.grpo", "round1.ofsd", "round2.grpo"])
     assert tree(tmp_path / "taker") == before, "it has begun by now"
 
 
@@ -594,6 +694,29 @@ def test_a_run_killed_while_it_adopts_lacks_no_stage_before_the_one_that_it_goes
     latest = taker.latest()
     assert latest is not None
     assert names(taker) >= {stage["name"] for stage in latest[1]["stages"]}
+    monkeypatch.undo()
+    taker.start().adopt(tmp_path / "donor", saved)
+    assert names(taker) == set(saved), "the rest is not trained again"
+    assert (tmp_path / "taker" / "metrics.jsonl").read_bytes() == (tmp_path / "donor" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("begun", ["a stage of its own", "steps of a stage"])
+def test_a_run_that_has_begun_itself_adopts_nothing(tmp_path: Path, policy: PeftModel, begun: str) -> None:
+    donor, taker = (RunFolder(tmp_path / name, Config(), resume=False).start() for name in ("donor", "taker"))
+    for stages in (["base"], ["base", "round1.grpo"]):
+        donor.log({"stage": stages[-1], "seconds": 2})
+        donor.save_checkpoint(stages[-1], policy, summary_of(*stages) | {"metrics_size": donor.metrics_size()})
+    if begun == "steps of a stage":
+        taker.adopt(tmp_path / "donor", ["base"])
+        within = {"stage": "round1.grpo", "step": 1}
+        state = summary_of("base") | {"metrics_size": taker.metrics_size(), "within": within}
+        taker.save_within("round1.grpo", 1, lambda folder: save_adapter(policy, folder), state)
+    else:
+        taker.log({"stage": "base", "seconds": 22})
+        taker.save_checkpoint("base", policy, summary_of("base") | {"metrics_size": taker.metrics_size()})
+    before = tree(tmp_path / "taker")
+    taker.adopt(tmp_path / "donor", ["base", "round1.grpo"])
+    assert tree(tmp_path / "taker") == before
 
 
 def test_a_folder_without_an_adapter_is_told_from_one_with(tmp_path: Path, policy: PeftModel) -> None:

@@ -174,6 +174,19 @@ def test_a_policy_that_is_paid_not_to_search_is_told_to_have_stopped(tmp_path: P
     assert "collapse.no_search=0.9" in err and "collapse.action=stop" in err
 
 
+def test_a_policy_that_is_paid_to_repeat_itself_is_told_to_and_to_have_gone_far(tmp_path: Path, capsys) -> None:
+    stage = DemoStage(
+        tmp_path, lambda rollout: repetition([rollout]), grpo__steps=6, grpo__questions_per_step=2,
+        grpo__learning_rate=4e-2, collapse__window=2, protocol__max_turn_tokens=64,
+        protocol__max_completion_tokens=320,
+    )  # fmt: skip
+    first = stage.records[0]
+    assert first["repetition"] < 0.1 and abs(first["kl"]) < 1e-3, "it did neither"
+    assert {"repetition", "kl"} <= set(stage.figures)
+    err = capsys.readouterr().err
+    assert "collapse.repetition=0.5" in err and "collapse.kl=1)" in err
+
+
 def absurd(action: str) -> Config:
     """A run whose first GRPO stage takes the policy apart at its first step."""
     settings = [
@@ -220,4 +233,5 @@ def test_a_collapse_that_only_warns_lets_the_run_go_on(tmp_path: Path) -> None:
     config.rounds = 1
     summary = run(config, RunFolder(tmp_path / "run", config, resume=False), SILENT)
     last = summary["stages"][-1]
-    assert last["steps"] == 6 and last["collapse"] and "ended" not in last
+    assert last["steps"] == 6 and "ended" not in last
+    assert {"unanswered", "invalid", "all_wrong", "reward_drop"} <= {sign["figure"] for sign in last["collapse"]}

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import fresh_policy
+from conftest import adapter_weights, all_equal, fresh_policy
 from safetensors.torch import load_file
 from transformers import TrainerState
 
@@ -25,7 +25,7 @@ from searche1_lite.console import RichTasks
 from searche1_lite.distributed import check_share, share
 from searche1_lite.errors import UserError
 from searche1_lite.evolve import run
-from searche1_lite.training_state import StageKeeper
+from searche1_lite.training_state import StageKeeper, train
 
 SETTINGS = [
     "rounds=1",
@@ -328,6 +328,42 @@ def test_an_update_that_was_not_noted_is_not_kept_as_the_one_before(tmp_path: Pa
     keeper.note(2)
     keeper.save(trainer)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["round1.grpo.step-2"]
+
+
+def test_deepspeed_keeps_nothing_within_a_stage_and_refuses_to_go_on_from_what_was_kept_without_it(
+    tmp_path: Path, tiny_policy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its optimizer is in parts, one a process."""
+    folder = RunFolder(tmp_path / "run", load_config("demo", None, SETTINGS), resume=False).start()
+    model, _ = fresh_policy(tiny_policy_folder)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    trainer = SimpleNamespace(
+        optimizer=optimizer, lr_scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer), state=TrainerState()
+    )
+
+    def keep(step: int) -> None:
+        keeper = StageKeeper(folder, "round1.grpo", model, every=1, state={"stages": [], "metrics_size": 0})
+        trainer.state.global_step = step
+        keeper.note(step)
+        keeper.save(trainer)
+
+    keep(1)
+    there = [path.name for path in (folder.path / "checkpoints").iterdir()]
+    found, before = folder.latest(), adapter_weights(model)
+    assert there == ["round1.grpo.step-1"] and found is not None
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in {**launched, "ACCELERATE_USE_DEEPSPEED": "true"}.items():
+        monkeypatch.setenv(name, value)
+    keep(2)
+    resumed = StageKeeper(
+        folder, "round1.grpo", model, every=1, state={"stages": []}, resumed=(found[0], found[1]["within"])
+    )
+    with pytest.raises(UserError) as caught:
+        train(trainer, resumed)
+    message = str(caught.value)
+    assert message == "DeepSpeed cannot go on within a stage, from round1.grpo.step-1; go on without it"
+    assert [path.name for path in (folder.path / "checkpoints").iterdir()] == there and folder.latest() == found
+    assert all_equal(adapter_weights(model), before)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import adapter_weights, all_equal, fresh_policy, tiny_protocol_config
+from conftest import ShelfRetriever, adapter_weights, all_equal, fresh_policy, tiny_protocol_config
 from distillation import make_pairs
 from peft import PeftModel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import PreTrainedTokenizerBase
 
+from searche1_lite import rollout as rollout_module
 from searche1_lite.benchmarks import load_questions
 from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, EngineConfig, GRPOStageConfig, OFSDStageConfig, load_config
@@ -25,6 +26,7 @@ from searche1_lite.grpo import RolloutGRPOTrainer, train_grpo
 from searche1_lite.guard import UpdateGuard
 from searche1_lite.ofsd import train_ofsd
 from searche1_lite.protocol import Protocol
+from searche1_lite.search.base import Passage
 from searche1_lite.search.progress import SILENT
 from searche1_lite.training_state import Resumed, StageKeeper
 from searche1_lite.trajectory import Question, Trajectory
@@ -376,3 +378,59 @@ def test_a_run_without_a_right_answer_has_no_pairs_and_comes_to_its_end(tmp_path
     assert "round1.ofsd: there are no pairs" in capsys.readouterr().err
     for name in ("metrics.jsonl", "summary.json"):
         assert not {"NaN", "Infinity"} & set((tmp_path / "run" / name).read_text().replace(",", " ").split())
+
+
+def test_a_run_whose_every_episode_is_really_cut_off_is_told_of_and_comes_to_its_end(tmp_path: Path, capsys) -> None:
+    """The budget is one token: nobody gets as far as a search or an answer."""
+    settings = [
+        "protocol.max_turn_tokens=1", "protocol.max_completion_tokens=1", "data.evaluation_limit=4", "rounds=1",
+        "grpo.steps=2", "grpo.questions_per_step=2", "ofsd.questions=4", "collapse.window=2",
+    ]  # fmt: skip
+    config, folder = load_config("demo", None, settings), tmp_path / "run"
+    summary = run(config, RunFolder(folder, config, resume=False), SILENT)
+    base, grpo, ofsd = summary["stages"]
+    assert (base["em"], grpo["em"], ofsd["em"]) == (0.0, 0.0, 0.0)
+    assert (grpo["steps"], grpo["skipped"], ofsd["steps"]) == (2, 0, 0), "no fault, and nothing to do"
+    assert (ofsd["pairs"]["pairs"], ofsd["pairs"]["none_correct"]) == (0, 4)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in (steps := [record for record in records if record.get("stage") == "grpo"]):
+        assert (record["loss"], record["grad_norm"], record["unanswered_rate"], record["skipped_groups"]) == (
+            0,
+            0,
+            1,
+            2,
+        )
+        assert record["tokens"] == 2 * config.grpo.group_size
+    assert len(steps) == 2
+    rollouts = (folder / "trajectories" / "round1.ofsd.rollouts.jsonl").read_text().splitlines()
+    assert {json.loads(line)["stopped"] for line in rollouts} == {"token_budget"}
+    told = capsys.readouterr().err
+    assert "round1.ofsd: there are no pairs" in told and "this may be a collapse: groups with no right answer" in told
+    for name in ("metrics.jsonl", "summary.json"):
+        assert not {"NaN", "Infinity"} & set((folder / name).read_text().replace(",", " ").split())
+
+
+def test_episodes_that_were_all_really_cut_off_are_trained_on_where_they_earned_something(
+    policy, tmp_path: Path
+) -> None:
+    """As with a reward of one's own, which may pay for other things than an answer."""
+    shelf = ShelfRetriever([Passage("1", "Lima", "Lima is the capital of Peru")])
+    config, records, before = configured(steps=2), [], adapter_weights(policy[0])
+    protocol = Protocol(policy[1], tiny_protocol_config(max_turn_tokens=2, max_completion_tokens=2))
+
+    def answer(asked: Sequence[Question], n: int, seed_parts: Sequence[int | str]) -> list[Trajectory]:
+        found = rollout_module.rollout(
+            *policy, shelf, protocol, asked, n, engine=config.engine, k=1, seed_parts=seed_parts, logprobs=True
+        )
+        assert {each.stopped for each in found} == {"token_budget"}
+        for each in found:
+            each.reward = float(each.sample % 2)
+        return found
+
+    result = train_grpo(
+        *policy, answer, QUESTIONS, config, run_seed=0, round_index=1, output_dir=tmp_path, on_step=records.append
+    )
+    assert (result["steps"], result["skipped"]) == (2, 0) and not all_equal(adapter_weights(policy[0]), before)
+    for record in records:
+        assert record["unanswered_rate"] == 1.0 and record["grad_norm"] > 0
+        assert all(math.isfinite(value) for value in record.values() if isinstance(value, float))

@@ -239,6 +239,30 @@ def test_pauses_double_up_to_a_bound_and_heed_retry_after_up_to_it(monkeypatch: 
     assert pause_before(2, 7.0, 0.5) == 7.0 and pause_before(2, 1e9, 0.5) == 30.0
 
 
+def test_between_real_tries_the_pauses_double_and_are_what_the_server_asks_for_if_that_is_more(
+    server: FaultyServer, shelf: ShelfRetriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    retriever, pauses, wait = opened(server, retries=12), [], asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        pauses.append(seconds)
+        await wait(0)
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    server.faults = [PASSING[name] for name in ("500", "nothing sent", "reset", "503", "cut in the body")] * 2
+    assert retriever.search(["Peru"], 2) == shelf.search(["Peru"], 2)
+    usual = [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0, 30.0]
+    assert all(most / 2 < pause <= most for pause, most in zip(pauses, usual, strict=True)), pauses
+    assert len({pause / most for pause, most in zip(pauses, usual, strict=True)}) == len(usual), "each is spread anew"
+
+    pauses.clear()
+    asked = ["7", "0", "9" * 400, "Fri, 01 Jan 2100 00:00:00 GMT", "soon"]
+    server.faults = [reply("503 Service Unavailable", b"", f"Retry-After: {value}") for value in asked]
+    assert retriever.search(["Peru"], 2) == shelf.search(["Peru"], 2)
+    assert pauses[0] == 7.0 and 0.5 < pauses[1] <= 1.0 and pauses[2:4] == [30.0, 30.0] and 4.0 < pauses[4] <= 8.0
+
+
 def test_a_server_that_was_started_again_is_found_again(shelf: ShelfRetriever) -> None:
     with faulty_server(shelf) as first:
         retriever, port = opened(first, retries=20), first.server_address[1]

@@ -26,6 +26,9 @@ from searche1_lite.config import Config, EngineConfig, OFSDStageConfig
 from searche1_lite.ofsd import train_ofsd, trained_tokens
 from searche1_lite.pairs import Pair, teacher_prompts
 from searche1_lite.protocol import Protocol
+from searche1_lite.rollout import rollout
+from searche1_lite.search.base import Passage
+from searche1_lite.trajectory import Turn
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
 
@@ -190,6 +193,57 @@ def test_the_first_steps_loss_is_the_dense_divergence_averaged_over_model_tokens
     assert records[0]["loss"] == pytest.approx(expected, rel=1e-4)
     if divergence == "forward_kl":
         assert records[0]["loss"] == pytest.approx(measured, rel=1e-4)
+
+
+@pytest.mark.parametrize("tokens", ["all", "search"])
+def test_a_student_of_one_token_and_turns_of_one_token_are_learnt_from(
+    policy, tiny_policy: Policy, protocol, pairs, tmp_path: Path, tokens: str
+) -> None:
+    """The shortest that there is: one token in all, and turns of one token with a document after each but the last."""
+    end, search = (protocol.tokenizer.encode(tag) for tag in ("</answer>", "</search>"))
+    document = protocol.information_ids([Passage("1", "T", "a town")])
+    for pair, kinds in zip(pairs, (["answer"], ["search"], ["search", "answer"], ["search", "search"]), strict=True):
+        student = pair.student
+        student.completion_ids, student.loss_mask, student.turns = [], [], []
+        for place, kind in enumerate(kinds):
+            start, after = len(student.completion_ids), document if place + 1 < len(kinds) else []
+            student.turns.append(Turn(kind, start, start + 1, ""))
+            student.completion_ids += [*(search if kind == "search" else end), *after]
+            student.loss_mask += [1, *[0] * len(after)]
+    learnt_from = [pair for pair in pairs if any(trained_tokens(pair.student, tokens))]
+    assert [sum(trained_tokens(pair.student, tokens)) for pair in pairs] == (
+        [1, 1, 2, 2] if tokens == "all" else [0, 1, 1, 2]
+    )
+    before = adapter_weights(policy[0])
+    _, records = distil(policy, pairs, tmp_path, tokens=tokens, epochs=2)
+    for pair in learnt_from:
+        pair.student.loss_mask = trained_tokens(pair.student, tokens)
+    prompts = dict(zip(map(id, pairs), teacher_prompts(protocol, pairs, "privileged", True), strict=True))
+    expected = dense_loss(tiny_policy[0], tiny_policy[0], learnt_from, [prompts[id(pair)] for pair in learnt_from])
+    assert expected > 1e-4 and records[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert all(math.isfinite(value) for record in records for value in record.values() if isinstance(value, float))
+    assert [record["skipped"] for record in records] == [None, None] and not all_equal(
+        adapter_weights(policy[0]), before
+    )
+
+
+def test_students_that_were_really_cut_off_by_the_token_budget_are_learnt_from(
+    policy, tiny_policy: Policy, protocol, pairs, shelf, tmp_path: Path
+) -> None:
+    settings = tiny_protocol_config(max_turn_tokens=7, max_completion_tokens=7)
+    students = rollout(
+        *policy, shelf, Protocol(policy[1], settings), [pair.reference.question for pair in pairs], 1,
+        engine=EngineConfig(), k=1, seed_parts=("test",),
+    )  # fmt: skip
+    assert {student.stopped for student in students} == {"token_budget"} and not any(s.answer for s in students)
+    assert {len(student.completion_ids) for student in students} == {7}
+    cut_off = [Pair(pair.reference, student) for pair, student in zip(pairs, students, strict=True)]
+    before = adapter_weights(policy[0])
+    result, records = distil(policy, cut_off, tmp_path)
+    prompts = teacher_prompts(protocol, cut_off, "privileged", True)
+    assert records[0]["loss"] == pytest.approx(dense_loss(tiny_policy[0], tiny_policy[0], cut_off, prompts), rel=1e-4)
+    assert all(math.isfinite(value) for value in records[0].values() if isinstance(value, float))
+    assert result == {"steps": 1, "skipped": 0} and not all_equal(adapter_weights(policy[0]), before)
 
 
 def with_adapter(folder: Path, weights: dict[str, torch.Tensor]) -> PeftModel:

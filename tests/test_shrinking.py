@@ -1,8 +1,13 @@
 """Memory that runs out: the work is done again in smaller parts, and comes to what an unbroken run comes to.
 
-There is no GPU in these tests. A hook raises PyTorch's own error where a pass is larger than a made-up device holds.
+There is no GPU in these tests. A hook raises PyTorch's own error where a pass is larger than a made-up device holds. On
+a CPU the system refuses the memory: `little_memory.py`.
 """
 
+import json
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -347,6 +352,24 @@ def test_a_measurement_of_a_stage_that_had_to_shrink_says_that_memory_ran_out() 
         measure._check_not_shrunk({"steps": 2, "skipped": 0, "micro_batch_tokens": 199})
 
 
+def test_memory_that_the_system_refuses_on_a_cpu_is_memory_that_ran_out(talking_policy_folder: Path) -> None:
+    """Steps and rollouts of a process whose address space is limited come to what they come to without a limit."""
+    script = Path(__file__).with_name("little_memory.py")
+    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    ran = subprocess.run([sys.executable, script, talking_policy_folder], capture_output=True, text=True, env=settings)
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(ran.stdout)
+    told = [line for line in ran.stderr.splitlines() if "memory ran out" in line]
+    kept, slots = result["kept"][0], result["slots"]
+    assert kept < 100_000 and result["kept"][1] is None and slots < 128
+    assert len(told) == 2 and f"grpo.micro_batch_tokens={kept}" in told[0] and f"engine.batch_size={slots}" in told[1]
+    assert result["gradient"] > 1e-4 and result["difference"] < 1e-4 * result["gradient"]
+    assert result["losses"][0] == pytest.approx(result["losses"][1], rel=1e-4, abs=1e-6)
+    assert result["same_episodes"]
+    error, (line, code) = result["refused"]
+    assert "DefaultCPUAllocator" in error and code == 1 and line.startswith("memory ran out; `searche1-lite doctor`")
+
+
 def test_other_errors_are_not_taken_for_it() -> None:
     def attempt(value: int) -> int:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
@@ -354,6 +377,7 @@ def test_other_errors_are_not_taken_for_it() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         Limit("x.y", 8).until_it_fits(attempt, lambda value: value // 2, "a test", "nothing")
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory")) and not is_out_of_memory(ValueError("out of it"))
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(RuntimeError("std::bad_alloc"))
     assert not is_out_of_memory(UserError("the GPU's memory: out of memory"))
 
 
