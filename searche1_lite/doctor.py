@@ -300,7 +300,7 @@ def _memory(config: Config, gpu_gib: float | None) -> dict[str, Any]:
     else:
         capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     shape = model_shape(config)
-    here = device == "cuda" and gpu_gib is None  # of a card that is described, bf16 is assumed
+    here = device == "cuda" and torch.cuda.is_available()
     plan = plan_memory(config, shape, device, compute_dtype(torch.device("cuda")) if here else None, capacity)
     return {
         "device": device,

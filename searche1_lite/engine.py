@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from searche1_lite.config import EngineConfig
 from searche1_lite.errors import UserError
 from searche1_lite.kv_cache import SlotCache, grouped
-from searche1_lite.shrinking import is_out_of_memory
 from searche1_lite.stopping import end_ids, tag_automaton
 
 PREFILL_TOKENS = 4096
@@ -377,7 +376,7 @@ class _Graphs:
             torch.cuda.set_stream(current)  # not given back where the end of the capture fails
             cause = error.__context__ or error
             reason = (str(cause).strip().splitlines() or ["no reason given"])[0]
-            if is_out_of_memory(cause):
+            if isinstance(cause, torch.OutOfMemoryError):
                 self._seen[shape] = CAPTURE_AFTER  # this shape goes on without
                 return
             _Graphs._impossible = True

@@ -1,26 +1,19 @@
-"""A static KV cache whose rows are filled to lengths of their own, and the attention that reads it.
-
-Also the attention of training on GPUs that compute in fp32.
-"""
+"""A static KV cache whose rows are filled to lengths of their own, and the attention that reads it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PretrainedConfig
+from transformers import AttentionInterface, Cache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from searche1_lite.errors import UserError
 
 _GROUPED = "searche1_lite_grouped"
-_EXPANDED = "searche1_lite_expanded"
 
 
 @dataclass(slots=True)
@@ -187,40 +180,9 @@ def grouped(config: PretrainedConfig) -> Iterator[None]:
     # cuDNN's kernels, first choice on some GPUs, are planned anew for every shape, and texts come in many.
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     try:
-        if usual in ("sdpa", _EXPANDED):
+        if usual == "sdpa":
             text._attn_implementation = _GROUPED
         with sdpa_kernel(kernels):
             yield
     finally:
         text._attn_implementation = usual
-
-
-def expanded_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """PyTorch's attention with as many copies of keys and values as queries have heads. Shapes: `grouped_attention`'s.
-
-    Left to itself transformers has PyTorch share them where there is no mask. Of its kernels for fp32 on a GPU only the
-    plain one can, which holds a (T, T) matrix a head.
-    """
-    groups = query.shape[1] // key.shape[1]
-    alone = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # one that shares nothing
-    return sdpa_attention_forward(
-        alone, query, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask, **others
-    )
-
-
-AttentionInterface.register(_EXPANDED, expanded_attention)
-AttentionMaskInterface.register(_EXPANDED, sdpa_mask)
-
-
-def attend_expanded(config: PretrainedConfig) -> None:
-    """Has the model attend by `expanded_attention` from now on, if it would use PyTorch's own."""
-    text = config.get_text_config()
-    if text._attn_implementation == "sdpa":
-        text._attn_implementation = _EXPANDED

@@ -67,7 +67,7 @@ class Run:
         self.retriever = retriever.result() if isinstance(retriever, Future) else retriever
         self.protocol = Protocol(self.tokenizer, config.protocol)
         self.engine, self.slots = config.engine, Limit("engine.batch_size", config.engine.batch_size)
-        if config.engine.shadow == "auto" and not has_room_for_shadow(config, self.model):
+        if config.engine.shadow == "auto" and not _has_room_for_shadow(config, self.model):
             self.engine = replace(config.engine, shadow="never")
         if self.model.device.type == "cpu" and is_crowded(torch.get_num_threads()):
             say_on_stderr("this machine is busy with other work; OMP_NUM_THREADS=1 may make this many times faster")
@@ -203,8 +203,8 @@ def is_crowded(threads: int) -> bool:
     return threads > 1 and hasattr(os, "getloadavg") and os.getloadavg()[0] + threads > 2 * (os.cpu_count() or 1)
 
 
-def has_room_for_shadow(config: Config, model: PeftModel) -> bool:
-    """Is there room for plain weights? A GPU's is what the memory plan says; the user is told."""
+def _has_room_for_shadow(config: Config, model: PeftModel) -> bool:
+    """Asked once a run: on a GPU of the memory plan, else of what is free. The user is told."""
     if not uses_shadow(config.engine, model.device.type, config.engine.batch_size):
         return True
     size = shadow_bytes(model)

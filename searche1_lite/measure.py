@@ -180,13 +180,13 @@ def _decode(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Co
     """A full batch reads up to its last few tokens, and writes those."""
     import torch
 
-    from searche1_lite.engine import CAPTURE_AFTER, PREFILL_TOKENS, Decoder, UniformStream, uses_shadow
+    from searche1_lite.engine import PREFILL_TOKENS, Decoder, UniformStream, uses_shadow
     from searche1_lite.model import compute_context, shadow_weights
 
     vocabulary, rows = model.get_input_embeddings().weight.shape[0], config.engine.batch_size
     episodes = [_trajectory(config, vocabulary, row, 0) for row in range(rows)]
     texts = [episode.prompt_ids + episode.completion_ids for episode in episodes]
-    written, was_training = CAPTURE_AFTER + 2, model.training  # on a GPU, steps are captured by then
+    written, was_training = 4, model.training
     model.eval()  # as in a rollout; in training mode, gradient checkpointing would leave the cache out
     shadow = shadow_weights(model, uses_shadow(config.engine, model.device.type, rows))
     try:

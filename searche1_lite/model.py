@@ -28,7 +28,6 @@ from searche1_lite.adapter import check_base, load_adapter_weights, lora_config
 from searche1_lite.config import ModelConfig
 from searche1_lite.errors import UserError
 from searche1_lite.hub import download_folder
-from searche1_lite.kv_cache import attend_expanded
 from searche1_lite.model_files import check_model_files, check_weights, read_adapter_config
 from searche1_lite.search.progress import say_on_stderr
 from searche1_lite.seeding import derive_seed
@@ -216,9 +215,6 @@ def load_policy(
             exit_code=1,
         )
     check_weights(base, config.name)
-    if device.type == "cuda" and dtype == torch.float32:
-        say_on_stderr("this GPU has no bf16, so all is computed in fp32: slower, and with more memory")
-        attend_expanded(base.config)
     _keep_4bit_weights_fixed(base)
     _set_padding(tokenizer)
     # With a fork the caller's random state is left as it was, and the draw does not depend on it.

@@ -37,7 +37,7 @@ from searche1_lite.vllm_engine import (
 )
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
-needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed: pip install -e '.[vllm]'")
+needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed: pip install 'searche1-lite[vllm]'")
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
 
@@ -55,7 +55,9 @@ def test_the_engine_is_ours_unless_it_is_said() -> None:
 @pytest.mark.skipif(INSTALLED, reason="vLLM is installed")
 def test_a_missing_package_is_told_in_one_line_before_anything_is_loaded() -> None:
     config = load_config("demo", None, ["engine.backend=vllm", "model.name=no/such-model", "search.corpus=none.jsonl"])
-    with pytest.raises(UserError, match=r"^engine\.backend=vllm needs vLLM.*pip install -e '\.\[vllm\]'.*$") as e:
+    with pytest.raises(
+        UserError, match=r"^engine\.backend=vllm needs vLLM.*pip install 'searche1-lite\[vllm\]'.*$"
+    ) as e:
         Run(config, SILENT)
     assert "\n" not in str(e.value)
 

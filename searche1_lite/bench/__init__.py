@@ -38,10 +38,9 @@ def bench(
 
         - `memory`: `workload`, and for each stage (`rollout`, `grpo`, `ofsd`) `NAME_bytes` and its companions, such as
           `grpo_vs_dense` (ours / dense); `measure_memory` lists them.
-        - `rollout`: by workload (those for which a GPU has not the memory are left out), `trajectories`, `tokens`
-          (written by the model), `environment_tokens`, `searches`, `decoding`; for `ours`, `trl` and `reprefill`
-          `seconds` (the median), `seconds_spread` (least and most), `tokens`, `trajectories_per_second` and
-          `tokens_per_second`; `speedup_vs_trl` and `speedup_vs_reprefill`
+        - `rollout`: by workload, `trajectories`, `tokens` (written by the model), `environment_tokens`, `searches`,
+          `decoding`; for `ours`, `trl` and `reprefill` `seconds` (the median), `seconds_spread` (least and most),
+          `tokens`, `trajectories_per_second` and `tokens_per_second`; `speedup_vs_trl` and `speedup_vs_reprefill`
           (their seconds / ours); `same_tokens`, the share of trajectories that all three wrote alike, None where tokens
           are sampled; `shares` of the engine's time (`prefill`, `decode`, `search_wait`, `other`) and
           `search_wait_share`; `predicted`, what a simulation says of the engine's time from what its parts take

@@ -44,7 +44,6 @@ def measure_memory(
     from searche1_lite.doctor import gpu_capacity, model_shape
     from searche1_lite.measure import measure, save_random_base
     from searche1_lite.memory import plan_memory
-    from searche1_lite.model import compute_dtype
     from searche1_lite.search.index import cache_folder
 
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,7 +55,7 @@ def measure_memory(
     capacity = None
     if device == "cuda":
         capacity = min(gpu_capacity(), int((cap_gb or 1e6) * 1e9))
-    plan = plan_memory(config, shape, device, compute_dtype(torch.device(device)), capacity)
+    plan = plan_memory(config, shape, device, capacity=capacity)
     shadow: Literal["always", "never"] = "always" if "shadow weights" in plan.stages["rollout"] else "never"
     config = replace(config, engine=replace(config.engine, shadow=shadow))  # what is planned is what is measured
     memory: dict[str, Any] = {"workload": config.model.name if own else f"standard ({shape.model_type})"}

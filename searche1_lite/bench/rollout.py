@@ -25,7 +25,6 @@ from searche1_lite.benchmarks import load_questions
 from searche1_lite.config import Config, load_config
 from searche1_lite.engine import Decoder, SampledTurn, uses_shadow
 from searche1_lite.episode import Episode
-from searche1_lite.loaded_run import has_room_for_shadow
 from searche1_lite.measure import save_random_base
 from searche1_lite.model import load_policy
 from searche1_lite.protocol import Action, Protocol
@@ -33,8 +32,6 @@ from searche1_lite.rollout import RolloutTimes, rollout
 from searche1_lite.search.base import Passage, Retriever
 from searche1_lite.search.catalog import open_retriever
 from searche1_lite.search.index import cache_folder
-from searche1_lite.search.progress import say_on_stderr
-from searche1_lite.shrinking import give_memory_back, is_out_of_memory
 from searche1_lite.trajectory import Question, Search, Trajectory
 
 if TYPE_CHECKING:
@@ -207,8 +204,7 @@ def forbid(model: PeftModel, ids: Sequence[int]) -> None:
 
 
 def measure_rollouts(quick: bool = False, on_part: OnPart = lambda name: None) -> dict[str, Any]:
-    """The report of every workload that this machine can play, by name; `bench` describes it. One for which the GPU has
-    not the memory is left out, and the user told."""
+    """The report of every workload that this machine can play, by name; `bench` describes it."""
     gpu = torch.cuda.is_available()
     repeats = 1 if quick else 3
     found = {}
@@ -229,13 +225,7 @@ def measure_rollouts(quick: bool = False, on_part: OnPart = lambda name: None) -
                 growth = (8, 16, 32, 64, 128, 256) if rows == 64 else ()
                 name = f"3b_batch_{rows}"
                 workload = _scripted(name, config, model, tokenizer, rows, script, growth)
-                try:
-                    found[name] = report(workload, 2, on_part)
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    say_on_stderr(f"{name} is left out: the GPU's memory ran out")
-                give_memory_back()  # also what the workload before took
+                found[name] = report(workload, 2, on_part)
     return found
 
 
@@ -250,8 +240,6 @@ def _scripted(
 ) -> Workload:
     n = next(size for size in (5, 4, 2, 1) if rows % size == 0)
     config = replace(config, engine=replace(config.engine, batch_size=rows))
-    if config.engine.shadow == "auto" and not has_room_for_shadow(config, model):
-        config = replace(config, engine=replace(config.engine, shadow="never"))
     questions = load_questions("demo:train", "train", rows // n)
     trial = type("Trial", (TrialEpisode,), {"document_tokens": script.document_tokens})
     others = load_questions("demo:dev", "dev", rows // n)
@@ -403,12 +391,10 @@ def grow(workload: Workload, on_part: OnPart = lambda name: None) -> dict[str, A
             sized = replace(workload, config=replace(workload.config, engine=engine))
             given = (workload.retriever(), questions, 8, workload.episode, RolloutTimes())
             taken, played = _timed(sized.rollout, *given)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
             break
         found[rows] = round(taken / len(played), 5)
-    give_memory_back()
     by_rows = {str(rows): taken for rows, taken in found.items()}  # as JSON has its keys
     return {"trajectories": most, "seconds_per_trajectory": by_rows, "knee": knee(found)}
 
