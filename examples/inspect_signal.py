@@ -33,6 +33,9 @@ def main(out: str) -> None:
         asker.use(checkpoints / stage)
         means, _ = watch(asker.work.model, asker.work.protocol, rollouts, pairs, config)
         print(f"{when:>6}: " + ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
+    print(
+        "good: pairs falls; where foreign is as large, the lesson may be in the prompt's form; plain is always about 0"
+    )
 
 
 if __name__ == "__main__":

@@ -266,7 +266,8 @@ def doctor(
     preset: args.PresetOrGpu = None,
     config: args.ConfigFile = None,
     gpu_gb: Annotated[
-        float | None, typer.Option(min=1, help="Plan for a card of this size, in GiB, instead of the one here.")
+        float | None,
+        typer.Option(min=1, help="Plan for a card of this size, in GiB, with bf16, not the one here."),
     ] = None,
     as_json: args.AsJson = False,
 ) -> None:

@@ -213,16 +213,20 @@ def rollout_tables(workloads: dict[str, Any], device: str) -> list[Table | str]:
         table.add_column(heading, justify="left" if heading in ("workload", "loop") else "right", no_wrap=True)
     lines: list[Table | str] = []
     for name, found in workloads.items():
+        if found is None:
+            table.add_row(name, "all", "out of memory")
+            continue
         for loop, label in (("ours", "engine"), ("trl", "TRL's loop"), ("reprefill", "re-prefill")):
-            speed = found[loop]
-            table.add_row(
-                name if loop == "ours" else "",
-                label,
-                f"{speed['seconds']:.2f}",
-                f"{speed['trajectories_per_second']:.2f}",
-                f"{speed['tokens_per_second']:.1f}",
-                f"{found[f'speedup_vs_{loop}']:.2f}" if loop != "ours" else "",
-            )
+            speed, speedup = found[loop], found.get(f"speedup_vs_{loop}")
+            figures = ["out of memory"]
+            if speed is not None:
+                figures = [
+                    f"{speed['seconds']:.2f}",
+                    f"{speed['trajectories_per_second']:.2f}",
+                    f"{speed['tokens_per_second']:.1f}",
+                    "" if speedup is None else f"{speedup:.2f}",
+                ]
+            table.add_row(name if loop == "ours" else "", label, *figures)
         told = [f"{found['trajectories']} episodes, {found['tokens']} tokens written, {found['searches']} searches"]
         if found["same_tokens"] is not None:
             told.append(f"{found['same_tokens']:.1%} alike in all three")

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from searche1_lite.config import Config
 from searche1_lite.errors import UserError
 from searche1_lite.microbatch import fullest
+from searche1_lite.search.progress import say_on_stderr
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
     from searche1_lite.memory import MemoryPlan
@@ -24,6 +26,7 @@ CUDA_RESERVE = int(0.7 * GIB)
 """What is kept free of a card for the CUDA context and for fragmentation, an assumption."""
 PROCESS_RESERVE = int(1.2 * GIB)
 """What a process on a CPU takes beside its tensors, Java and libraries: 0.7 to 1.3 GiB were seen."""
+NO_BF16 = "no bf16, so it computes in fp32: slower, more memory"
 
 # So that a plan can be made where the hub cannot be reached; from the models' public config.json.
 _KNOWN_SHAPES = {
@@ -56,7 +59,7 @@ def examine(config: Config, gpu_gib: float | None = None) -> dict[str, Any]:
     """Looks at everything a run of `config` needs. Downloads nothing but the model's `config.json`.
 
     Args:
-        gpu_gib: plan for a card of this size instead of the one that is here.
+        gpu_gib: plan for a card of this size, with bf16, instead of the one that is here.
 
     Returns:
         `checks` (`[{name, status, detail}]`), `memory` (`device`, `capacity_bytes`, `stages` as in `MemoryPlan`,
@@ -109,14 +112,25 @@ def _gpu(config: Config) -> tuple[str, str]:
         elif driver := _driver():
             why = f"; driver {driver} is there, so it is too old for CUDA {torch.version.cuda}, or the GPU is hidden"
         return "warn", f"PyTorch sees no NVIDIA GPU, training would be very slow{why}"
+    from searche1_lite.model import lacks_bf16
+
     properties = torch.cuda.get_device_properties(0)
     free, total = torch.cuda.mem_get_info(0)
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     detail = (
         f"{properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, compute capability {properties.major}."
         f"{properties.minor}, CUDA {torch.version.cuda}, driver {_driver() or 'unknown'}"
     )
-    return ("ok", detail) if bf16 else ("warn", f"{detail}; no bf16, so it computes in fp32: slower, more memory")
+    return ("warn", f"{detail}; {NO_BF16}") if lacks_bf16(torch.device("cuda")) else ("ok", detail)
+
+
+def tell_of_missing_bf16(device: "torch.device") -> None:
+    """What a run should know of its GPU before it begins, in a line; of one with bf16, nothing."""
+    import torch
+
+    from searche1_lite.model import lacks_bf16
+
+    if lacks_bf16(device):
+        say_on_stderr(f"{torch.cuda.get_device_name(device)} has {NO_BF16}")
 
 
 def _driver() -> str | None:
@@ -300,8 +314,8 @@ def _memory(config: Config, gpu_gib: float | None) -> dict[str, Any]:
     else:
         capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     shape = model_shape(config)
-    here = device == "cuda" and torch.cuda.is_available()
-    plan = plan_memory(config, shape, device, compute_dtype(torch.device("cuda")) if here else None, capacity)
+    dtype = compute_dtype(torch.device(device)) if gpu_gib is None else torch.bfloat16
+    plan = plan_memory(config, shape, device, dtype, capacity)
     return {
         "device": device,
         "dtype": plan.dtype,

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from searche1_lite.config import EngineConfig
 from searche1_lite.errors import UserError
 from searche1_lite.kv_cache import SlotCache, grouped
+from searche1_lite.shrinking import is_out_of_memory
 from searche1_lite.stopping import end_ids, tag_automaton
 
 PREFILL_TOKENS = 4096
@@ -156,7 +157,7 @@ class Decoder:
         self._ends = np.zeros(vocabulary, dtype=bool)
         self._ends[sorted(end_ids(model, tokenizer))] = True
         self.clear(slots)
-        self._graphs = _Graphs() if self._device.type == "cuda" else None
+        self._graphs = _Graphs(self._device) if self._device.type == "cuda" else None
 
     def clear(self, slots: int) -> None:
         """So many rows, all of them free."""
@@ -344,7 +345,8 @@ class _Graphs:
     _impossible = False
     """For the process: a capture that failed leaves the allocator unfit for another."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]] = {}
         self._seen: dict[tuple[int, int], int] = {}
         self._pool: Any = None
@@ -356,7 +358,7 @@ class _Graphs:
                 place.copy_(torch.from_numpy(array), non_blocking=True)
             graph.replay()
             return outputs
-        there = [torch.from_numpy(array).to("cuda", non_blocking=True) for array in inputs]
+        there = [torch.from_numpy(array).to(self._device, non_blocking=True) for array in inputs]
         self._seen[shape] = self._seen.get(shape, 0) + 1
         if self._seen[shape] == CAPTURE_AFTER and not _Graphs._impossible:
             self._capture(shape, step, there)
@@ -375,10 +377,9 @@ class _Graphs:
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # not given back where the end of the capture fails
             cause = error.__context__ or error
+            if is_out_of_memory(cause):
+                return  # this shape goes on without; another may be smaller
             reason = (str(cause).strip().splitlines() or ["no reason given"])[0]
-            if isinstance(cause, torch.OutOfMemoryError):
-                self._seen[shape] = CAPTURE_AFTER  # this shape goes on without
-                return
             _Graphs._impossible = True
             _LOG.warning("the decoding step cannot be captured as a CUDA graph (%s): slower without", reason)
         finally:

@@ -37,6 +37,7 @@ from searche1_lite.distributed import (
     wait_for_all,
 )
 from searche1_lite.divergence import try_losses
+from searche1_lite.doctor import tell_of_missing_bf16
 from searche1_lite.errors import UserError
 from searche1_lite.evaluate import evaluate
 from searche1_lite.grpo import train_grpo
@@ -101,6 +102,7 @@ def _run(
     train_questions, test_questions = questions or load_run_questions(config)
     with one_first():
         work = Run(config, progress, retriever=retriever, reward=reward)
+    tell_of_missing_bf16(work.model.device)
     work.protocol.check_prompts([*train_questions, *test_questions])
     read = {"questions": _digest([*train_questions, *test_questions]), "retriever": work.retriever.name}
     check_alike(read | {"reward": reward_name(reward)})

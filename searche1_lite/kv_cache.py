@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, Cache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
+from searche1_lite.attention import EXPANDED
 from searche1_lite.errors import UserError
 
 _GROUPED = "searche1_lite_grouped"
@@ -180,7 +181,7 @@ def grouped(config: PretrainedConfig) -> Iterator[None]:
     # cuDNN's kernels, first choice on some GPUs, are planned anew for every shape, and texts come in many.
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     try:
-        if usual == "sdpa":
+        if usual in ("sdpa", EXPANDED):
             text._attn_implementation = _GROUPED
         with sdpa_kernel(kernels):
             yield

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from searche1_lite.adapter import adapter_digest
 from searche1_lite.checkpoint import RunFolder
-from searche1_lite.config import Config, what_counts
+from searche1_lite.config import Config, EngineConfig, what_counts
 from searche1_lite.distributed import agreeing, gather, share, world_size
 from searche1_lite.engine import Decoder, RolloutDecoder, uses_shadow
 from searche1_lite.interrupt import Stop
@@ -66,9 +66,8 @@ class Run:
         self.model, self.tokenizer = load_policy(config.model, adapter=adapter, seed=config.seed)
         self.retriever = retriever.result() if isinstance(retriever, Future) else retriever
         self.protocol = Protocol(self.tokenizer, config.protocol)
-        self.engine, self.slots = config.engine, Limit("engine.batch_size", config.engine.batch_size)
-        if config.engine.shadow == "auto" and not _has_room_for_shadow(config, self.model):
-            self.engine = replace(config.engine, shadow="never")
+        self.engine = fitting_engine(config, self.model)
+        self.slots = Limit("engine.batch_size", config.engine.batch_size)
         if self.model.device.type == "cpu" and is_crowded(torch.get_num_threads()):
             say_on_stderr("this machine is busy with other work; OMP_NUM_THREADS=1 may make this many times faster")
         self.decoder: Callable[..., RolloutDecoder] = Decoder
@@ -201,6 +200,13 @@ class Run:
 def is_crowded(threads: int) -> bool:
     """Are there too few idle cores for so many threads? One then waits for the other at every operation."""
     return threads > 1 and hasattr(os, "getloadavg") and os.getloadavg()[0] + threads > 2 * (os.cpu_count() or 1)
+
+
+def fitting_engine(config: Config, model: PeftModel) -> EngineConfig:
+    """The engine's settings; where `shadow=auto` finds no room for plain weights, with `shadow=never`."""
+    if config.engine.shadow == "auto" and not _has_room_for_shadow(config, model):
+        return replace(config.engine, shadow="never")
+    return config.engine
 
 
 def _has_room_for_shadow(config: Config, model: PeftModel) -> bool:

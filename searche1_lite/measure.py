@@ -39,15 +39,17 @@ def measure(stage: str, config: Config, *, dense: bool = False, cap_gb: float | 
         cap_gb: on a GPU, the most that the process may allocate.
 
     Returns:
-        `{"peak_bytes", "seconds"}`; both None if the memory did not suffice. For a training step the seconds are those
-        that it takes for one trajectory, without setting up the trainer.
+        `{"peak_bytes", "reserved_bytes", "seconds"}`; all None if the memory did not suffice. What the GPU's allocator
+        reserved at most is None on a CPU. For a training step the seconds are those that it takes for one trajectory,
+        without setting up the trainer.
 
     Raises:
         UserError: if the process failed otherwise.
     """
     request = {"stage": stage, "config": dump_config(config), "dense": dense, "cap_gb": cap_gb}
     answer = _child(json.dumps(request), f"measuring the {stage}")
-    return {"peak_bytes": None, "seconds": None} if answer is None else json.loads(answer)
+    nothing = dict.fromkeys(("peak_bytes", "reserved_bytes", "seconds"))
+    return nothing if answer is None else json.loads(answer)
 
 
 def _child(request: str, what: str) -> str | None:
@@ -94,9 +96,16 @@ def _make_weights(folder: Path) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    with torch.device(device):
-        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(shape, dtype=compute_dtype(device))
+    shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+    def make(place: torch.device) -> Any:
+        with place:
+            return AutoModelForCausalLM.from_config(shape, dtype=compute_dtype(device))
+
+    try:
+        model = make(device)
+    except torch.OutOfMemoryError:  # in 4 bits, as they are loaded, they may fit
+        model = make(torch.device("cpu"))
     model.save_pretrained(folder)
 
 
@@ -120,8 +129,8 @@ class _Peak:
     """The most memory in use between `begin` and `end`: the GPU allocator's, or the resident memory."""
 
     def __init__(self) -> None:
-        self.bytes = 0
-        self.seconds = 0.0
+        self.bytes, self.seconds = 0, 0.0
+        self.reserved: int | None = None
 
     def begin(self) -> None:
         import torch
@@ -138,7 +147,7 @@ class _Peak:
 
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            self.bytes = torch.cuda.max_memory_allocated()
+            self.bytes, self.reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         else:
             self.bytes = _resident("VmHWM")
         self.seconds = time.monotonic() - self._began
@@ -177,16 +186,16 @@ def _questions(config: Config) -> "list[Question]":
 
 
 def _decode(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Config) -> None:
-    """A full batch reads up to its last few tokens, and writes those."""
+    """A full batch reads up to its last few tokens, and writes those: on a GPU enough for a step to be captured."""
     import torch
 
-    from searche1_lite.engine import PREFILL_TOKENS, Decoder, UniformStream, uses_shadow
+    from searche1_lite.engine import CAPTURE_AFTER, PREFILL_TOKENS, Decoder, UniformStream, uses_shadow
     from searche1_lite.model import compute_context, shadow_weights
 
     vocabulary, rows = model.get_input_embeddings().weight.shape[0], config.engine.batch_size
     episodes = [_trajectory(config, vocabulary, row, 0) for row in range(rows)]
     texts = [episode.prompt_ids + episode.completion_ids for episode in episodes]
-    written, was_training = 4, model.training
+    written, was_training = CAPTURE_AFTER + 2 if model.device.type == "cuda" else 4, model.training
     model.eval()  # as in a rollout; in training mode, gradient checkpointing would leave the cache out
     shadow = shadow_weights(model, uses_shadow(config.engine, model.device.type, rows))
     try:
@@ -402,7 +411,7 @@ def _main() -> None:
             _forget()
             before = _resident("VmRSS")
             peak = _run(request, config.model.name, config, folder)
-    print(json.dumps({"peak_bytes": peak.bytes - before, "seconds": peak.seconds}))
+    print(json.dumps({"peak_bytes": peak.bytes - before, "reserved_bytes": peak.reserved, "seconds": peak.seconds}))
 
 
 if __name__ == "__main__":

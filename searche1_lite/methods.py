@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 from searche1_lite.config import Config
 from searche1_lite.errors import UserError
 from searche1_lite.protocol import Protocol
-from searche1_lite.search.base import Passage, Retriever
+from searche1_lite.search.base import Passage, Retriever, search_each
 from searche1_lite.trajectory import Question, Search
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def ask_by(method: Method, questions: Sequence[Question], protocol: Protocol, re
     if method == "no-search":
         return Asked([protocol.direct_prompt_ids(question.question) for question in questions], nothing)
     queries = [question.question.strip() for question in questions]
-    found = retriever.search(queries, k)
+    found = search_each(retriever, queries, k)
     prompts = [protocol.rag_prompt_ids(query, passages) for query, passages in zip(queries, found, strict=True)]
     return Asked(prompts, [[Search.of(query, passages)] for query, passages in zip(queries, found, strict=True)])
 

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from searche1_lite.adapter import check_base, load_adapter_weights, lora_config
+from searche1_lite.attention import expand_keys
 from searche1_lite.config import ModelConfig
 from searche1_lite.errors import UserError
 from searche1_lite.hub import download_folder
@@ -82,6 +83,11 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float32
+
+
+def lacks_bf16(device: torch.device) -> bool:
+    """Is it a GPU that computes in fp32, for want of bf16?"""
+    return device.type == "cuda" and compute_dtype(device) == torch.float32
 
 
 def compute_context(model: PeftModel) -> AbstractContextManager[None]:
@@ -215,6 +221,8 @@ def load_policy(
             exit_code=1,
         )
     check_weights(base, config.name)
+    if lacks_bf16(device):
+        expand_keys(base.config)
     _keep_4bit_weights_fixed(base)
     _set_padding(tokenizer)
     # With a fork the caller's random state is left as it was, and the draw does not depend on it.

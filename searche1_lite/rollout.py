@@ -18,10 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from searche1_lite.config import EngineConfig
 from searche1_lite.engine import Decoder, RolloutDecoder, SampledTurn, UniformStream, uses_shadow
 from searche1_lite.episode import Episode
-from searche1_lite.errors import UserError
 from searche1_lite.model import compute_context, shadow_weights
 from searche1_lite.protocol import Action, Protocol
-from searche1_lite.search.base import Passage, Retriever
+from searche1_lite.search.base import Passage, Retriever, search_each
 from searche1_lite.search.thread import SearchThread
 from searche1_lite.seeding import derive_seed
 from searche1_lite.shrinking import Limit
@@ -361,14 +360,6 @@ def _search(retriever: Retriever, queries: list[str], k: int, times: RolloutTime
     """In the thread that searches. It holds on to nothing of the rollout, should that break off."""
     began = time.perf_counter()
     try:
-        found = retriever.search(queries, k)
+        return search_each(retriever, queries, k)
     finally:
         times.search += time.perf_counter() - began
-    if not isinstance(found, Sequence) or len(found) != len(queries):
-        got = f"{len(found)} results" if isinstance(found, Sequence) else f"a {type(found).__name__}"
-        raise UserError(
-            f"{type(retriever).__name__}.search gave {got} for {len(queries)} queries; let it return one list of "
-            "passages for each, in their order",
-            exit_code=1,
-        )
-    return found

@@ -44,7 +44,7 @@ def check_trackers(settings: LoggingConfig) -> None:
     """
     for name in settings.report_to:
         if find_spec(name) is None:
-            remedy = f"pip install 'searche1-lite[{name}]', or leave it out"
+            remedy = f"pip install -e '.[{name}]' in the toolkit's checkout, or leave it out"
             raise UserError(f"logging.report_to={name} needs the package {name}: {remedy}")
     if is_first() and "wandb" in settings.report_to and os.environ.get("WANDB_MODE", "online") in ("online", "shared"):
         import wandb

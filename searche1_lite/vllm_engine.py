@@ -51,8 +51,8 @@ def check_installed() -> None:
     """
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
-            "engine.backend=vllm needs vLLM, which is not installed: pip install 'searche1-lite[vllm]', or set "
-            "engine.backend=torch"
+            "engine.backend=vllm needs vLLM, which is not installed: pip install -e '.[vllm]' in the toolkit's "
+            "checkout, or set engine.backend=torch"
         )
 
 

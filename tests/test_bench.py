@@ -83,7 +83,9 @@ def found(shape: Qwen2Config, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_bench_gives_measured_and_planned_bytes_of_every_stage(found: dict[str, Any]) -> None:
     memory = found["memory"]
     names = {f"{stage}_{kind}" for stage in STAGES for kind in ("bytes", "plan_bytes", "plan_vs_measured")}
-    assert memory.keys() == names | {"workload"} and memory["workload"] == found["folder"]
+    reserved = {f"{stage}_reserved_bytes" for stage in STAGES}
+    assert memory.keys() == names | reserved | {"workload"} and memory["workload"] == found["folder"]
+    assert all((memory[name] is None) is not torch.cuda.is_available() for name in reserved), "a GPU's allocator tells"
     assert all(memory[name] > 0 for name in names)
     assert all(isinstance(memory[f"{stage}_bytes"], int) for stage in STAGES)
     for stage in STAGES:
@@ -157,7 +159,7 @@ def test_a_stage_that_does_not_fit_into_the_memory_is_told_as_none(base: Path, t
     file.write_text(dump_config(config), encoding="utf-8")
     ran = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout) == {"peak_bytes": None, "seconds": None}
+    assert json.loads(ran.stdout) == {"peak_bytes": None, "reserved_bytes": None, "seconds": None}
 
 
 def test_a_measurement_that_fails_is_one_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig
 
+from searche1_lite import loaded_run
 from searche1_lite.bench import bench
+from searche1_lite.bench import rollout as bench_rollout
 from searche1_lite.bench.baselines import ToolLoop, cut_turn, reprefill_rollouts, stop_ids
 from searche1_lite.bench.limits import Demand, demand, step_limit
 from searche1_lite.bench.plot import ratios, save_plot
@@ -19,7 +22,9 @@ from searche1_lite.bench.rollout import (
     QuickEpisode,
     Workload,
     _scripted,
+    grow,
     knee,
+    measure_rollouts,
     report,
     same_tokens,
     scripted_policy,
@@ -28,7 +33,7 @@ from searche1_lite.bench.rollout import (
 from searche1_lite.bench.round import round_shares
 from searche1_lite.bench.search import percentile
 from searche1_lite.benchmarks import load_questions
-from searche1_lite.config import load_config
+from searche1_lite.config import Config, load_config
 from searche1_lite.console import bench_tables
 from searche1_lite.engine import SampledTurn
 from searche1_lite.episode import Episode
@@ -174,6 +179,91 @@ def test_a_script_sets_the_number_of_tokens_whatever_the_loop(scripted: Workload
     growth = found["growth"]
     assert growth["trajectories"] == 16 and growth["seconds_per_trajectory"].keys() == {"8", "16"}
     assert growth["knee"] in (8, 16) and found["bandwidth_fraction"] is None
+
+
+def without_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+FUNCTIONS = {
+    "ours": (Workload, "rollout"),
+    "trl": (ToolLoop, "rollouts"),
+    "reprefill": (bench_rollout, "reprefill_rollouts"),
+}
+
+
+@pytest.mark.parametrize("lost", [{"reprefill"}, {"ours"}, {"trl", "reprefill"}], ids="+".join)
+def test_a_loop_that_runs_out_of_memory_has_no_figures_and_costs_no_other_its_own(
+    scripted: Workload,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    lost: set[str],
+) -> None:
+    for loop in lost:
+        monkeypatch.setattr(*FUNCTIONS[loop], without_memory)
+    workload = replace(scripted, name="small", trials=scripted.trials[:1])
+    parts: list[str] = []
+    found = report(workload, 2, parts.append)
+    assert found is not None and {loop for loop in LOOPS if found[loop] is None} == lost
+    assert found["tokens"] == 6 * 4 * 6 and found["decoding"] == "sampled"
+    for loop in ("trl", "reprefill"):
+        assert (found[f"speedup_vs_{loop}"] is None) is bool({loop, "ours"} & lost)
+    gone = "ours" in lost
+    assert (found["shares"] is None) is (found["predicted"] is None) is (found["growth"]["knee"] is None) is gone
+    told = [
+        f"small: {loop}: out of memory, so there are no figures of it; all others are kept"
+        for loop in LOOPS
+        if loop in lost
+    ]
+    told += ["small: 8 side by side: out of memory, so there are no figures of it; all others are kept"] * gone
+    assert capsys.readouterr().err.splitlines() == told
+    assert sum(part.startswith(f"small: {min(lost)}, ") for part in parts) == 1, "it is not tried again"
+    whole = {"machine": {"gpu": None, "threads": 1}, "rollout": {"small": found, "other": None}}
+    assert json.loads(json.dumps(whole)) == whole
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(*bench_tables(whole))
+    assert shown.get().count("out of memory") == len(lost) + 1 + 2 * gone
+    assert len(ratios(whole)) == (0 if gone else 2 - len(lost))
+    save_plot(whole, tmp_path / "bench.svg")
+
+
+def test_workloads_that_do_not_fit_at_all_are_none(monkeypatch: pytest.MonkeyPatch, scripted: Workload) -> None:
+    for owner, name in FUNCTIONS.values():
+        monkeypatch.setattr(owner, name, without_memory)
+    assert report(scripted, 1) is None
+    monkeypatch.setattr(bench_rollout, "demo_workload", without_memory)
+    monkeypatch.setattr(bench_rollout, "load_policy", without_memory)
+    monkeypatch.setattr(bench_rollout, "save_random_base", lambda *_: None)
+    assert measure_rollouts(quick=True) == {"demo": None, "135m_3_layers": None}
+    monkeypatch.setattr(bench_rollout, "load_policy", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure_rollouts(quick=True)
+
+
+def test_rollouts_are_on_plain_weights_where_a_run_would_take_them(
+    scripted: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What decides it on a GPU is the memory plan, asked for each number of episodes side by side."""
+    asked: list[tuple[int, str]] = []
+
+    def room(config: Config, model: Any) -> bool:
+        asked.append((config.engine.batch_size, config.engine.shadow))
+        return config.engine.batch_size <= 8
+
+    monkeypatch.setattr(loaded_run, "_has_room_for_shadow", room)
+    played: list[tuple[int, str]] = []
+
+    def play(work: Workload, *_: Any) -> list[Trajectory]:
+        played.append((work.config.engine.batch_size, work.config.engine.shadow))
+        return [None] * 16  # type: ignore[list-item]
+
+    monkeypatch.setattr(Workload, "rollout", play)
+    sized = _scripted("small", scripted.config, scripted.model, scripted.tokenizer, 12, QuickEpisode, growth=(8, 16))
+    assert sized.config.engine.shadow == "never"
+    grow(sized)
+    assert asked == [(12, "auto"), (8, "auto"), (16, "auto")] and played == [(8, "auto"), (16, "never")]
 
 
 def test_a_step_moves_the_weights_and_the_cache_or_does_its_sums() -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hub_server import HubServer
 from rich.console import Console
 
 from searche1_lite.config import Config, load_config
 from searche1_lite.console import doctor_tables
-from searche1_lite.doctor import CUDA_RESERVE, GIB, advise, examine, model_shape
+from searche1_lite.doctor import CUDA_RESERVE, GIB, _memory, advise, examine, model_shape
 from searche1_lite.memory import MemoryPlan, plan_memory
 
 CHECKS = ["packages", "Java", "GPU", "bitsandbytes", "kernels", "disk", "hub", "search"]
@@ -172,6 +173,14 @@ def test_the_command_prints_one_json_object_and_exits_with_1_where_a_check_fails
     assert found["memory"]["device"] == "cuda" and found["memory"]["dtype"] == "bfloat16" and found["memory"]["fits"]
     assert found["memory"]["capacity_bytes"] == int(8.5 * GIB) - CUDA_RESERVE
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "home"]), "nothing is written beside the hub's cache"
+
+
+def test_a_card_that_is_described_has_bf16_whatever_the_one_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (8 * GIB, 8 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)
+    assert [_memory(demo(), size)["dtype"] for size in (8.0, None)] == ["bfloat16", "float32"]
 
 
 def test_the_tables_tell_each_check_each_part_and_the_advice(offline: None) -> None:

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import byte_level_tokenizer, fresh_policy, tiny_config
@@ -13,7 +15,7 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen2ForCausalLM
 
 from searche1_lite import engine
 from searche1_lite.config import ModelConfig
-from searche1_lite.engine import Decoder, UniformStream, pick_tokens
+from searche1_lite.engine import CAPTURE_AFTER, Decoder, UniformStream, _Graphs, pick_tokens
 from searche1_lite.model import load_policy, shadow_weights
 from searche1_lite.seeding import derive_seed
 
@@ -272,3 +274,101 @@ def test_a_random_qwen_without_an_adapter_is_served_as_it_is(tmp_path: Path) -> 
         plain = turn(Decoder(model, tokenizer, 1, 60, greedy=True), {0: list(b"Hello")}, budget=12)
         with shadow_weights(model):
             assert turn(Decoder(model, tokenizer, 1, 60, greedy=True), {0: list(b"Hello")}, budget=12) == plain
+
+
+class Capture:
+    """In the place of a capture by CUDA, and of the graph: what is done in it is done."""
+
+    within = False
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        Capture.within = True
+
+    def __exit__(self, *error: object) -> None:
+        Capture.within = False
+        if error[0] is not None and not isinstance(error[1], torch.OutOfMemoryError):
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def pool(self) -> str:
+        return "pool"
+
+    def replay(self) -> None:
+        pass
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> _Graphs:
+    """Graphs on a CPU: all is real but the capture itself."""
+    for name in ("graph", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(_Graphs, "_impossible", False)
+    return _Graphs(torch.device("cpu"))
+
+
+def steps(graphs: _Graphs, shape: tuple[int, int], failure: Exception | None, count: int) -> str:
+    """Runs a step so many times, which fails in a capture if there is a `failure`: a letter for each time it was
+    computed, plainly or for a graph, and `r` for a replay."""
+    log = ""
+
+    def step(shape: tuple[int, int], given: torch.Tensor) -> torch.Tensor:
+        nonlocal log
+        log += "c" if Capture.within else "p"
+        if Capture.within and failure is not None:
+            raise failure
+        return given + 1
+
+    for _ in range(count):
+        before = len(log)
+        graphs.run(shape, step, [np.zeros(shape[0])])
+        log += "r" if len(log) == before else ""
+    return log
+
+
+PLAIN = "p" * (CAPTURE_AFTER - 1)
+
+
+def test_a_step_whose_shape_lasts_is_captured_and_then_replayed(graphs: _Graphs) -> None:
+    assert steps(graphs, (4, 256), None, CAPTURE_AFTER + 3) == PLAIN + "cp" + "rrr"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_capture_without_memory_leaves_that_shape_alone_without_a_graph(
+    graphs: _Graphs, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    assert steps(graphs, (4, 256), error, CAPTURE_AFTER + 3) == PLAIN + "cp" + "ppp"
+    assert steps(graphs, (2, 256), None, CAPTURE_AFTER + 1) == PLAIN + "cp" + "r" and not caplog.records
+
+
+def test_a_step_that_cannot_be_captured_is_told_once_and_none_is_tried_again(
+    graphs: _Graphs, caplog: pytest.LogCaptureFixture
+) -> None:
+    error = RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore of it")
+    assert steps(graphs, (4, 256), error, CAPTURE_AFTER + 3) == PLAIN + "cp" + "ppp"
+    assert steps(_Graphs(torch.device("cpu")), (2, 256), None, CAPTURE_AFTER + 1) == PLAIN + "pp"
+    (told,) = caplog.messages
+    assert (
+        "(CUDA error: operation not permitted when stream is capturing)" in told and torch.is_autocast_cache_enabled()
+    )
+
+
+def test_a_step_without_memory_is_the_rollouts_to_mend(graphs: _Graphs) -> None:
+    def step(shape: tuple[int, int], given: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for _ in range(CAPTURE_AFTER + 1):
+        with pytest.raises(torch.OutOfMemoryError):
+            graphs.run((4, 256), step, [np.zeros(4)])
+    assert not _Graphs._impossible

@@ -101,7 +101,7 @@ def test_a_missing_package_is_refused_by_its_extra_before_anything_is_loaded_or_
     words = ["train", "--preset", "demo", "--out", "run", "logging.report_to=trackio"]
     shown = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
     assert shown.returncode == 2 and shown.stdout == "False\n"
-    assert shown.stderr.count("\n") == 1 and "pip install 'searche1-lite[trackio]'" in shown.stderr
+    assert shown.stderr.count("\n") == 1 and "pip install -e '.[trackio]' in the" in shown.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,7 @@
 """The baselines: what the policy is shown, and what becomes of a search it may not make."""
 
+from collections.abc import Sequence
+
 import pytest
 from conftest import ShelfRetriever, byte_level_tokenizer, fresh_policy, tiny_protocol_config
 
@@ -47,6 +49,15 @@ def test_a_hostile_passage_in_the_prompt_stays_data() -> None:
     assert controls[0] == controls[1]
     text = shown.tokenizer.decode(hostile)
     assert text.count("</information>") == 1 and "<answer>" not in text and text.count("Who?") == 1
+
+
+def test_a_search_engine_that_gives_another_number_of_results_is_told_of(shelf: ShelfRetriever) -> None:
+    class OneShort(ShelfRetriever):
+        def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+            return super().search(queries, k)[1:]
+
+    with pytest.raises(UserError, match=r"^OneShort\.search gave 1 results for 2 queries; let it return one list"):
+        ask_by("rag", [QUESTION, QUESTION], protocol(), OneShort(shelf.passages), 2)
 
 
 def test_passages_are_cut_one_by_one_and_come_on_top_of_the_prompts_budget() -> None:

@@ -430,4 +430,4 @@ def test_without_the_extra_it_is_said_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError('none', name='fastapi')")
     script = "import sys; sys.path.insert(0, sys.argv[1]); import searche1_lite.serving"
     ran = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
-    assert "UserError: a server needs fastapi, which is not installed: pip install 'searche1-lite[web]'" in ran.stderr
+    assert "UserError: a server needs fastapi, which is not installed: pip install -e '.[web]' in the" in ran.stderr

@@ -37,7 +37,7 @@ from searche1_lite.vllm_engine import (
 )
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
-needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed: pip install 'searche1-lite[vllm]'")
+needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed: pip install -e '.[vllm]'")
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
 
@@ -56,7 +56,7 @@ def test_the_engine_is_ours_unless_it_is_said() -> None:
 def test_a_missing_package_is_told_in_one_line_before_anything_is_loaded() -> None:
     config = load_config("demo", None, ["engine.backend=vllm", "model.name=no/such-model", "search.corpus=none.jsonl"])
     with pytest.raises(
-        UserError, match=r"^engine\.backend=vllm needs vLLM.*pip install 'searche1-lite\[vllm\]'.*$"
+        UserError, match=r"^engine\.backend=vllm needs vLLM.*pip install -e '\.\[vllm\]' in the .*$"
     ) as e:
         Run(config, SILENT)
     assert "\n" not in str(e.value)

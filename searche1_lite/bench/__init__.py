@@ -46,7 +46,7 @@ def bench(
           `search_wait_share`; `predicted`, what a simulation says of the engine's time from what its parts take
           (`seconds`, `vs_measured`, `costs`; None on a GPU); `bandwidth_fraction` (None on a CPU); and for some
           `growth`: `trajectories`, `seconds_per_trajectory` by the number of episodes side by side, and the `knee` in
-          them.
+          them. On a GPU None stands for a loop, and its ratios, or a workload that ran out of memory.
         - `search`: figures in batches of 1 and 64, and their ratios; `measure_search` lists them.
         - `round`: seconds and shares of a short round of the demo; `measure_round` lists them.
 

@@ -29,7 +29,7 @@ from searche1_lite.engine import SampledTurn
 from searche1_lite.episode import Episode
 from searche1_lite.model import compute_context, compute_dtype
 from searche1_lite.protocol import STOP_TAGS, Action, Protocol
-from searche1_lite.search.base import Passage, Retriever
+from searche1_lite.search.base import Passage, Retriever, search_each
 from searche1_lite.stopping import end_ids
 from searche1_lite.trajectory import Question, Trajectory
 
@@ -115,7 +115,7 @@ def reprefill_rollouts(
         turns = [cut_turn(ids, one.budget, stops, ends) for one, ids in zip(going_on, written, strict=True)]
         actions = [one.take_turn(turn) for one, turn in zip(going_on, turns, strict=True)]
         asking = [row for row, one in enumerate(going_on) if actions[row].kind == "search" and one.may_search]
-        found = retriever.search([actions[row].content for row in asking], k) if asking else []
+        found = search_each(retriever, [actions[row].content for row in asking], k) if asking else []
         passages = dict(zip(asking, found, strict=True))
         for row, one in enumerate(going_on):
             texts[one] += turns[row].ids + one.react(actions[row], turns[row], passages.get(row))
@@ -142,7 +142,7 @@ class _Row:
         return {"name": "correct", "arguments": {}}
 
     def search(self, query: str) -> str:
-        self.passages = self._retriever.search([query], self._k)[0]
+        self.passages = search_each(self._retriever, [query], self._k)[0]
         return " ".join(passage.text for passage in self.passages)
 
     def reply(self) -> list[int]:

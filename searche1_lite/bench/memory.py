@@ -35,7 +35,8 @@ def measure_memory(
         quick: a standard workload of 1,024 tokens.
 
     Returns:
-        `workload`; for each stage `NAME_bytes`, `NAME_plan_bytes` and `NAME_plan_vs_measured`; with the dense steps
+        `workload`; for each stage `NAME_bytes`, `NAME_reserved_bytes` (by a GPU's allocator; None on a CPU),
+        `NAME_plan_bytes` and `NAME_plan_vs_measured`; with the dense steps
         `grpo_dense_bytes` and `grpo_vs_dense` (ours / dense), `grpo_seconds` and `grpo_dense_seconds` a trajectory and
         `grpo_seconds_vs_dense`, and the same for `ofsd`. None stands for what did not fit into the memory.
     """
@@ -44,6 +45,7 @@ def measure_memory(
     from searche1_lite.doctor import gpu_capacity, model_shape
     from searche1_lite.measure import measure, save_random_base
     from searche1_lite.memory import plan_memory
+    from searche1_lite.model import compute_dtype
     from searche1_lite.search.index import cache_folder
 
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +57,7 @@ def measure_memory(
     capacity = None
     if device == "cuda":
         capacity = min(gpu_capacity(), int((cap_gb or 1e6) * 1e9))
-    plan = plan_memory(config, shape, device, capacity=capacity)
+    plan = plan_memory(config, shape, device, compute_dtype(torch.device(device)), capacity)
     shadow: Literal["always", "never"] = "always" if "shadow weights" in plan.stages["rollout"] else "never"
     config = replace(config, engine=replace(config.engine, shadow=shadow))  # what is planned is what is measured
     memory: dict[str, Any] = {"workload": config.model.name if own else f"standard ({shape.model_type})"}
@@ -68,7 +70,8 @@ def measure_memory(
         for stage in [name for name in STAGES if name in plan.stages]:
             name = _JSON_NAMES[stage]
             on_part(stage)
-            bytes_ = measure(stage, there, cap_gb=cap_gb)["peak_bytes"]
+            measured = measure(stage, there, cap_gb=cap_gb)
+            bytes_, memory[f"{name}_reserved_bytes"] = measured["peak_bytes"], measured["reserved_bytes"]
             memory[f"{name}_bytes"], memory[f"{name}_plan_bytes"] = bytes_, plan.peaks[stage]
             memory[f"{name}_plan_vs_measured"] = round(plan.peaks[stage] / bytes_, 3) if bytes_ else None
             if not own and stage != "rollout":

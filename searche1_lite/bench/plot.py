@@ -26,13 +26,18 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
     for stage in ("grpo", "ofsd"):
         share = found.get("memory", {}).get(f"{stage}_vs_dense")
         better[f"{stage.upper()} step's memory: dense"] = share and 1 / share
-    for name, workload in found.get("rollout", {}).items():
+    for name, workload in _played(found).items():
         better[f"rollouts, {name}: TRL's loop"] = workload["speedup_vs_trl"]
         better[f"rollouts, {name}: prefill again"] = workload["speedup_vs_reprefill"]
     for size in (1, 64):
         if batch := found.get("search", {}).get(f"batch_{size}"):
             better[f"searches, {size} at once: Pyserini"] = batch["qps_vs_pyserini"]
     return {name: ratio for name, ratio in better.items() if ratio}
+
+
+def _played(found: dict[str, Any]) -> dict[str, Any]:
+    """The rollouts by workload, without those that the memory did not suffice for."""
+    return {name: workload for name, workload in found.get("rollout", {}).items() if workload is not None}
 
 
 def save_plot(found: dict[str, Any], file: Path) -> None:
@@ -47,7 +52,7 @@ def save_plot(found: dict[str, Any], file: Path) -> None:
     from matplotlib import pyplot
 
     bars = ratios(found)
-    curves = {name: workload["growth"] for name, workload in found.get("rollout", {}).items() if "growth" in workload}
+    curves = {name: workload["growth"] for name, workload in _played(found).items() if "growth" in workload}
     if not bars and not curves:
         raise UserError("nothing to plot: measure memory, rollout or search", exit_code=1)
     figure, axes = pyplot.subplots(

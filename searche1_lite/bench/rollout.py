@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -25,6 +26,7 @@ from searche1_lite.benchmarks import load_questions
 from searche1_lite.config import Config, load_config
 from searche1_lite.engine import Decoder, SampledTurn, uses_shadow
 from searche1_lite.episode import Episode
+from searche1_lite.loaded_run import fitting_engine
 from searche1_lite.measure import save_random_base
 from searche1_lite.model import load_policy
 from searche1_lite.protocol import Action, Protocol
@@ -32,12 +34,15 @@ from searche1_lite.rollout import RolloutTimes, rollout
 from searche1_lite.search.base import Passage, Retriever
 from searche1_lite.search.catalog import open_retriever
 from searche1_lite.search.index import cache_folder
+from searche1_lite.search.progress import say_on_stderr
+from searche1_lite.shrinking import give_memory_back, is_out_of_memory
 from searche1_lite.trajectory import Question, Search, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 OnPart = Callable[[str], None]
+Result = TypeVar("Result")
 
 PROMPT_TOKENS = 136
 """Of the scripted workloads, to within the length of a question."""
@@ -142,8 +147,8 @@ class Workload:
 def demo_workload(quick: bool = False) -> Workload:
     """One GRPO step's rollouts of the demo: 16 questions, 5 times each."""
     config = load_config("demo")
-    config.engine.batch_size = 80
     model, tokenizer = load_policy(config.model, seed=0)
+    config = _sized(config, model, 80)
     questions = load_questions("demo:train", "train", 4 if quick else 16)
     others = load_questions("demo:dev", "dev", len(questions))
     trials = [(others[: len(others) // part], 5, config.engine.batch_size // part) for part in (4, 2, 1)]
@@ -204,29 +209,50 @@ def forbid(model: PeftModel, ids: Sequence[int]) -> None:
 
 
 def measure_rollouts(quick: bool = False, on_part: OnPart = lambda name: None) -> dict[str, Any]:
-    """The report of every workload that this machine can play, by name; `bench` describes it."""
+    """The report of every workload that this machine can play, by name; `bench` describes it.
+
+    None stands for a workload that the GPU's memory did not suffice for.
+    """
     gpu = torch.cuda.is_available()
-    repeats = 1 if quick else 3
-    found = {}
-    workload = demo_workload(quick)
-    found["demo"] = report(workload, repeats, on_part)
-    del workload
+    found: dict[str, Any] = {}
     script = QuickEpisode if quick else ScriptedEpisode
-    name = "135m_3_layers" if quick else "135m"
-    with scripted_policy(small_shape(3 if quick else 30), script) as (config, model, tokenizer):
-        rows = 40 if gpu else 5  # one group: three minutes for the three loops on two slow cores
-        found[name] = report(_scripted(name, config, model, tokenizer, rows, script), 1 if quick else 2, on_part)
-        del model
+
+    def play_scripted(shape: "PretrainedConfig", rows_by_name: dict[str, int], repeats: int) -> None:
+        with scripted_policy(shape, script) as (config, model, tokenizer):
+            for name, rows in rows_by_name.items():
+                growth = (8, 16, 32, 64, 128, 256) if rows == 64 else ()
+                workload = _scripted(name, config, model, tokenizer, rows, script, growth)
+                found[name] = report(workload, repeats, on_part)
+
+    found["demo"] = if_it_fits("demo", lambda: report(demo_workload(quick), 1 if quick else 3, on_part))
+    small = {"135m_3_layers" if quick else "135m": 40 if gpu else 5}  # on two slow cores, one group takes three minutes
+    kinds = [(small_shape(3 if quick else 30), small, 1 if quick else 2)]
     if gpu and not quick:
         from searche1_lite.doctor import model_shape
 
-        with scripted_policy(model_shape(load_config()), script) as (config, model, tokenizer):
-            for rows in (1, 8, 32, 64):
-                growth = (8, 16, 32, 64, 128, 256) if rows == 64 else ()
-                name = f"3b_batch_{rows}"
-                workload = _scripted(name, config, model, tokenizer, rows, script, growth)
-                found[name] = report(workload, 2, on_part)
+        kinds.append((model_shape(load_config()), {f"3b_batch_{rows}": rows for rows in (1, 8, 32, 64)}, 2))
+    for kind in kinds:
+        found |= dict.fromkeys(kind[1])
+        if_it_fits(", ".join(kind[1]), partial(play_scripted, *kind))
     return found
+
+
+def if_it_fits(what: str, work: Callable[[], Result]) -> Result | None:
+    """What `work` gives; None, and the user is told, where the GPU's memory does not suffice."""
+    try:
+        return work()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    give_memory_back()  # not before: until its handler ends, the exception holds what its frames held
+    say_on_stderr(f"{what}: out of memory, so there are no figures of it; all others are kept")
+    return None
+
+
+def _sized(config: Config, model: PeftModel, rows: int) -> Config:
+    """The settings with so many episodes side by side, on plain weights where a run would take them."""
+    config = replace(config, engine=replace(config.engine, batch_size=rows, shadow="auto"))
+    return replace(config, engine=fitting_engine(config, model))
 
 
 def _scripted(
@@ -239,7 +265,7 @@ def _scripted(
     growth: tuple[int, ...] = (),
 ) -> Workload:
     n = next(size for size in (5, 4, 2, 1) if rows % size == 0)
-    config = replace(config, engine=replace(config.engine, batch_size=rows))
+    config = _sized(config, model, rows)
     questions = load_questions("demo:train", "train", rows // n)
     trial = type("Trial", (TrialEpisode,), {"document_tokens": script.document_tokens})
     others = load_questions("demo:dev", "dev", rows // n)
@@ -247,42 +273,60 @@ def _scripted(
     return Workload(name, config, model, tokenizer, questions, n, False, script, OneTurn, trials, trial, growth)
 
 
-def report(workload: Workload, repeats: int, on_part: OnPart = lambda name: None) -> dict[str, Any]:
-    """Times the three loops in turn, `repeats` times each, after a warm-up; `bench` describes what it returns."""
+def report(workload: Workload, repeats: int, on_part: OnPart = lambda name: None) -> dict[str, Any] | None:
+    """Times the three loops in turn, `repeats` times each, after a warm-up; `bench` describes what it returns.
+
+    None stands for a loop that the GPU's memory did not suffice for, and for the whole if that is so of all three.
+    """
     times, gpu = RolloutTimes(), torch.cuda.is_available()
     loops = _loops(workload)
-    for name, play in loops.items():
-        on_part(f"{workload.name}: {name}, warm-up")
-        if gpu or workload.warm_up is None:  # on a GPU, the first call of a shape chooses kernels
-            play(workload.retriever(), workload.questions, workload.n, workload.episode, RolloutTimes())
-        else:
-            play(workload.retriever(), workload.questions[:1], 1, workload.warm_up, RolloutTimes())
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     played: dict[str, list[Trajectory]] = {}
+
+    def play(name: str, part: str, *given: Any) -> tuple[float, list[Trajectory]] | None:
+        """Seconds and trajectories of a loop; one without the memory for it is not played again."""
+        on_part(f"{workload.name}: {name}, {part}")
+        timed = if_it_fits(f"{workload.name}: {name}", lambda: _timed(loops[name], workload.retriever(), *given))
+        if timed is None:
+            del loops[name]
+            played.pop(name, None)
+        return timed
+
+    for name in list(loops):
+        if gpu or workload.warm_up is None:  # on a GPU, the first call of a shape chooses kernels
+            play(name, "warm-up", workload.questions, workload.n, workload.episode, RolloutTimes())
+        else:
+            play(name, "warm-up", workload.questions[:1], 1, workload.warm_up, RolloutTimes())
     for repeat in range(repeats):
-        for name, play in loops.items():
-            on_part(f"{workload.name}: {name}, {repeat + 1} of {repeats}")
-            given = (workload.retriever(), workload.questions, workload.n, workload.episode, times)
-            taken, played[name] = _timed(play, *given)
-            seconds[name].append(taken)
-    ours = played["ours"]
+        for name in list(loops):
+            given = (workload.questions, workload.n, workload.episode, times)
+            if timed := play(name, f"{repeat + 1} of {repeats}", *given):
+                seconds[name].append(timed[0])
+                played[name] = timed[1]
+    if not played:
+        return None
+    any_, ours = next(iter(played.values())), played.get("ours")
     found: dict[str, Any] = {
-        "trajectories": len(ours),
-        "tokens": sum(one.n_model_tokens for one in ours),
-        "environment_tokens": sum(len(one.loss_mask) - one.n_model_tokens for one in ours),
-        "searches": sum(one.n_searches for one in ours),
+        "trajectories": len(any_),
+        "tokens": sum(one.n_model_tokens for one in any_),
+        "environment_tokens": sum(len(one.loss_mask) - one.n_model_tokens for one in any_),
+        "searches": sum(one.n_searches for one in any_),
         "decoding": "greedy" if workload.greedy else "sampled",
     }
-    found |= {name: _speed(seconds[name], played[name]) for name in loops}
+    found |= {name: _speed(taken, played[name]) if name in played else None for name, taken in seconds.items()}
     for name in ("trl", "reprefill"):
-        found[f"speedup_vs_{name}"] = round(found[name]["seconds"] / found["ours"]["seconds"], 3)
-    found["same_tokens"] = round(same_tokens(*played.values()), 4) if workload.greedy else None
-    found |= shares(times)
-    found["predicted"] = None
-    if not gpu:  # whose captured steps take as long as their bucket, which the simulation does not know
-        on_part(f"{workload.name}: parts, one by one")
-        found["predicted"] = predict(workload, ours, found["ours"]["seconds"])
-    found["bandwidth_fraction"] = bandwidth_fraction(workload, ours, times, repeats)
+        both = found[name] and found["ours"]
+        found[f"speedup_vs_{name}"] = round(found[name]["seconds"] / both["seconds"], 3) if both else None
+    alike = workload.greedy and len(played) == len(seconds)
+    found["same_tokens"] = round(same_tokens(*played.values()), 4) if alike else None
+    found |= shares(times if ours else RolloutTimes())
+    found["predicted"] = found["bandwidth_fraction"] = None
+    if ours:
+        if not gpu:  # whose captured steps take as long as their bucket, which the simulation does not know
+            on_part(f"{workload.name}: parts, one by one")
+            found["predicted"] = predict(workload, ours, found["ours"]["seconds"])
+        limit = f"{workload.name}: bandwidth and arithmetic"
+        found["bandwidth_fraction"] = if_it_fits(limit, lambda: bandwidth_fraction(workload, ours, times, repeats))
     if workload.growth:
         found["growth"] = grow(workload, on_part)
     return found
@@ -386,14 +430,12 @@ def grow(workload: Workload, on_part: OnPart = lambda name: None) -> dict[str, A
     found: dict[int, float | None] = dict.fromkeys(workload.growth)
     for rows in workload.growth:
         on_part(f"{workload.name}: {rows} side by side")
-        try:
-            engine = replace(workload.config.engine, batch_size=rows)
-            sized = replace(workload, config=replace(workload.config, engine=engine))
-            given = (workload.retriever(), questions, 8, workload.episode, RolloutTimes())
-            taken, played = _timed(sized.rollout, *given)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+        sized = replace(workload, config=_sized(workload.config, workload.model, rows))
+        given = (sized.retriever(), questions, 8, sized.episode, RolloutTimes())
+        timed = if_it_fits(f"{workload.name}: {rows} side by side", partial(_timed, sized.rollout, *given))
+        if timed is None:
             break
+        taken, played = timed
         found[rows] = round(taken / len(played), 5)
     by_rows = {str(rows): taken for rows, taken in found.items()}  # as JSON has its keys
     return {"trajectories": most, "seconds_per_trajectory": by_rows, "knee": knee(found)}

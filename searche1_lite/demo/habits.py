@@ -11,7 +11,7 @@ from random import Random
 
 from searche1_lite.demo.world import RELATIONS, Chain, World
 from searche1_lite.protocol import Protocol
-from searche1_lite.search.base import Passage, Retriever
+from searche1_lite.search.base import Passage, Retriever, search_each
 
 ENVIRONMENT_WEIGHT = 0.05
 """Loss weight of environment tokens while pre-training; predicting passages helps learning to copy from them."""
@@ -190,6 +190,6 @@ def play(episodes: Sequence[Generator[str, list[Passage], Episode]], retriever: 
                 queries[index] = episodes[index].send(passages)  # type: ignore[arg-type]
             except StopIteration as stop:
                 results[index] = stop.value
-        found = retriever.search(list(queries.values()), k) if queries else []
+        found = search_each(retriever, list(queries.values()), k) if queries else []
         replies = dict(zip(queries, found, strict=True))
     return [results[index] for index in range(len(episodes))]

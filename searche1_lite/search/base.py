@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from searche1_lite.errors import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class Passage:
@@ -66,3 +68,20 @@ class Retriever(Protocol):
             k: passages a query, at least 1.
         """
         ...
+
+
+def search_each(retriever: Retriever, queries: Sequence[str], k: int) -> list[list[Passage]]:
+    """What the retriever finds, one list for each query.
+
+    Raises:
+        UserError: if it gave more lists, or fewer, or something else; it may be the user's own.
+    """
+    found = retriever.search(queries, k)
+    if not isinstance(found, Sequence) or len(found) != len(queries):
+        got = f"{len(found)} results" if isinstance(found, Sequence) else f"a {type(found).__name__}"
+        raise UserError(
+            f"{type(retriever).__name__}.search gave {got} for {len(queries)} queries; let it return one list of "
+            "passages for each, in their order",
+            exit_code=1,
+        )
+    return found

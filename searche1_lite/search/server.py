@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from searche1_lite.search.base import Passage, Retriever
+from searche1_lite.search.base import Passage, Retriever, search_each
 from searche1_lite.search.counters import Counters
 from searche1_lite.serving import HEALTH, Text, error_response, new_app
 
@@ -103,7 +103,7 @@ def create_app(retriever: Retriever, k: int, counters: Counters | None = None) -
 
     def search(wanted: Wanted) -> bytes:
         began = time.perf_counter()
-        found = retriever.search(wanted.queries, wanted.topk or k)
+        found = search_each(retriever, wanted.queries, wanted.topk or k)
         counted.add("seconds", time.perf_counter() - began)
         counted.add("queries", len(wanted.queries))
         return as_answer(found, wanted.return_scores)

@@ -17,7 +17,9 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] not in ("fastapi", "h11", "starlette", "uvicorn"):
         raise
-    raise UserError(f"a server needs {error.name}, which is not installed: pip install 'searche1-lite[web]'") from None
+    raise UserError(
+        f"a server needs {error.name}, which is not installed: pip install -e '.[web]' in the toolkit's checkout"
+    ) from None
 
 __all__ = [
     "HEALTH", "MAX_BODY", "TOKEN_VARIABLE", "Guard", "GuardedServer", "Limits", "Place", "Text", "error_response",
