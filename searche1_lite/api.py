@@ -178,8 +178,11 @@ def evaluate_policy(
         quieten()
     from searche1_lite.evaluation import run_evaluation
     from searche1_lite.loaded_run import Run
+    from searche1_lite.search.base import fingerprint_of
 
     work = Run(method_settings(config, chosen), progress, adapter, retriever)
+    if folder:
+        folder.searches(fingerprint_of(work.retriever))
     result = run_evaluation(work, questions, chosen, folder) | {
         "method": chosen,
         "retriever": None if chosen == "no-search" else work.retriever.name,

@@ -108,7 +108,11 @@ class RunFolder:
             UserError: also if another run has been begun there in the meantime.
         """
         try:
+            path = self.path.absolute()
+            made = [place for place in (path, *path.parents) if not place.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
+            for place in made:
+                sync(place.parent)
             self.claim()
             self._look()  # again: another process may have been at it, and have ended, since
             self._resume = True  # what is there from now on is its own

@@ -68,6 +68,11 @@ class EvaluationFolder:
         elif not (nearest := next(place for place in (path, *path.absolute().parents) if place.exists())).is_dir():
             raise UserError(f"cannot write to {path}: {nearest} is a file; choose another --out")
 
+    def searches(self, fingerprint: str | None) -> None:
+        """Tells which passages are searched, once that is known; looked at by `start`. None where nobody can say."""
+        if fingerprint is not None:
+            self._asked = self._asked | {"passages": fingerprint}
+
     def result(self) -> dict[str, Any] | None:
         """The figures, if the evaluation is done."""
         path = self.path / "result.json"
@@ -198,7 +203,8 @@ def _what_counts(config: Config) -> dict[str, Any]:
 
 def _check_same(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
     told_by_content = ("adapter", "data", "questions")  # the same one may be named otherwise
-    different = [key for key in now if key not in told_by_content and now[key] != there.get(key)]
+    unsaid = set() if "passages" in there else {"passages"}  # by earlier versions
+    different = [key for key in now if key not in {*told_by_content, *unsaid} and now[key] != there.get(key)]
     if different:
         shown = ", ".join(_tell(key, there, now) for key in different[:3])
         raise UserError(f"{path} holds another evaluation: {shown}; use what it has, or choose another --out")
@@ -209,6 +215,8 @@ def _tell(key: str, there: dict[str, Any], now: dict[str, Any]) -> str:
         if there.get("adapter") == now["adapter"]:
             return f"the adapter {now['adapter']} has changed since"
         key = "adapter"
+    if key == "passages":
+        return "the passages have changed since"
     if key == "questions_digest":
         changed = [name for name in ("data", "questions") if there.get(name) != now[name]]
         if not changed:

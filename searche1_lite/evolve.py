@@ -48,7 +48,7 @@ from searche1_lite.pairs import Pair, select_pairs, teacher_prompts
 from searche1_lite.reward import Reward, reward_name
 from searche1_lite.samples import is_due
 from searche1_lite.schedule import Stage, best_stage, next_stage
-from searche1_lite.search.base import Retriever
+from searche1_lite.search.base import Retriever, fingerprint_of
 from searche1_lite.search.progress import SILENT, Progress, say_on_stderr
 from searche1_lite.seeding import derive_seed
 from searche1_lite.stage_trainer import OnStep
@@ -104,8 +104,11 @@ def _run(
         work = Run(config, progress, retriever=retriever, reward=reward)
     tell_of_missing_bf16(work.model.device)
     work.protocol.check_prompts([*train_questions, *test_questions])
-    read = {"questions": _digest([*train_questions, *test_questions]), "retriever": work.retriever.name}
-    check_alike(read | {"reward": reward_name(reward)})
+    read = {
+        "questions": _digest([*train_questions, *test_questions]),
+        "passages": fingerprint_of(work.retriever),
+    }
+    check_alike(read | {"retriever": work.retriever.name, "reward": reward_name(reward)})
     try_losses(work.model.device)  # now, not after the first hour of rollouts
     folder.start()
     summary: dict[str, Any] = {
@@ -115,6 +118,7 @@ def _run(
         "reward": reward_name(reward),
         "training": {"data": config.data.train, "n": len(train_questions)},
         "evaluation": {"data": config.data.evaluation, "n": len(test_questions), "decoding": "greedy"},
+        **read,
         "stages": [],
     }
 
@@ -143,7 +147,7 @@ def _run(
     with work.stop.listening():
         if (latest := folder.latest()) is not None:
             checkpoint, summary = latest
-            _check_same_parts(summary, work)
+            _check_same_parts(summary, work, read)
             if (within := summary.pop("within", None)) is not None:
                 resumed = checkpoint, within
             load_adapter_weights(work.model, checkpoint if resumed is None else checkpoint / "start")
@@ -174,11 +178,14 @@ def _digest(questions: Sequence[Question]) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
-def _check_same_parts(summary: dict[str, Any], work: Run) -> None:
+def _check_same_parts(summary: dict[str, Any], work: Run, read: dict[str, str | None]) -> None:
     """What is no setting makes another run too."""
     for what, now in (("retriever", work.retriever.name), ("reward", reward_name(work.reward))):
         if (there := summary.get(what, now)) != now:
             raise UserError(f"the run was begun with the {what} {there!r}, not {now!r}; go on with that one")
+    for what, content in read.items():
+        if summary.get(what, content) != content:
+            raise UserError(f"the {what} have changed since the run was begun; put them back, or choose another --out")
 
 
 def _run_grpo(

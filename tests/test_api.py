@@ -118,6 +118,28 @@ def test_own_reward_and_own_retriever_are_what_a_run_trains_with(
         train(config, tmp_path / "run", resume=True, retriever=shelf, reward=queries_asked)
 
 
+def test_a_run_whose_passages_or_questions_changed_is_not_gone_on_with(config: Config, tmp_path: Path) -> None:
+    corpus, questions = tmp_path / "corpus.jsonl", tmp_path / "test.jsonl"
+    config.search = SearchConfig(corpus=str(corpus))
+    config.grpo.steps = 1
+
+    def write(country: str) -> None:
+        corpus.write_text(json.dumps({"id": "a", "contents": f"Lima\nLima is in {country}."}) + "\n")
+
+    write("Peru")
+    summary = train(config, tmp_path / "run")
+    write("Chile")
+    with pytest.raises(UserError, match="the passages have changed since the run was begun; put them back, or choose"):
+        train(config, tmp_path / "run", resume=True)
+    write("Peru")
+    assert train(config, tmp_path / "run", resume=True) == summary
+    questions.write_text(
+        questions.read_text() + json.dumps({"id": "n", "question": "?", "golden_answers": ["x"]}) + "\n"
+    )
+    with pytest.raises(UserError, match="the questions have changed since the run was begun"):
+        train(config, tmp_path / "run", resume=True)
+
+
 def test_a_run_whose_search_cannot_be_opened_is_not_locked_for_whoever_keeps_the_error(
     config: Config, tmp_path: Path
 ) -> None:

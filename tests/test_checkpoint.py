@@ -352,6 +352,17 @@ def test_nothing_comes_into_place_before_all_of_it_is_synced_and_its_seal_is_wri
     ]  # fmt: skip
 
 
+def test_a_new_runs_folder_is_synced_into_those_that_it_is_made_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    original = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda place: (synced.append(os.fstat(place).st_ino), original(place)))
+    path = tmp_path / "runs" / "one"
+    RunFolder(path, Config(), resume=False).start()
+    assert {place.stat().st_ino for place in (tmp_path, tmp_path / "runs", path)} <= set(synced)
+
+
 def test_of_the_stages_the_last_ones_and_the_best_are_kept(tmp_path: Path, policy: PeftModel) -> None:
     folder = RunFolder(tmp_path / "run", load_config(overrides=["checkpoint.keep_stages=2"]), resume=False).start()
     stages: list[dict[str, Any]] = []

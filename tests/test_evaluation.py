@@ -293,9 +293,30 @@ def test_an_adapter_or_questions_that_changed_in_place_are_noticed(tmp_path: Pat
     open_folder(questions, True)
     with pytest.raises(UserError, match="e holds another evaluation: the questions have changed since; "):
         open_folder([Question("q", "Who?", ["Eve"])], True)
+    folder = open_folder(questions, True)
+    folder.searches("one")
+    folder.start()  # one that was begun by an earlier version does not say
+    folder.release()
     (adapter / "adapter_model.safetensors").write_bytes(b"two")
     with pytest.raises(UserError, match="e holds another evaluation: the adapter .* has changed since; "):
         open_folder(questions, True)
+
+
+def test_passages_that_changed_are_noticed_before_another_question_is_answered(tmp_path: Path) -> None:
+    config, questions = load_config("demo"), [Question("q", "Who?", ["Ada"])]
+
+    def start(passages: str | None, resume: bool = True) -> None:
+        asked = describe("agent", None, "x", questions)
+        folder = EvaluationFolder(tmp_path / "e", config, asked, questions, resume)
+        folder.searches(passages)
+        folder.start()
+        folder.release()
+
+    start("one", resume=False)
+    start("one")
+    start(None)
+    with pytest.raises(UserError, match="e holds another evaluation: the passages have changed since; use what it has"):
+        start("two")
 
 
 @pytest.mark.parametrize(

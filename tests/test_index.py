@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from searche1_lite.search.base import Passage
 from searche1_lite.search.bm25 import BM25Retriever
 from searche1_lite.search.corpus import MAX_LINE, check_corpus
 from searche1_lite.search.folder import split_text
-from searche1_lite.search.index import METADATA_FILE, build_index, ensure_index
+from searche1_lite.search.index import METADATA_FILE, build_index, ensure_index, index_fingerprint
 
 LIMA = {"id": "a", "contents": "Lima\nLima is the capital of Peru."}
 QUITO = {"id": "b", "contents": "Quito\nQuito is the capital of Ecuador."}
@@ -293,6 +294,21 @@ def test_a_corpus_that_did_not_change_is_not_read_again(tmp_path: Path, cache: P
     corpus.write_bytes(lines(QUITO))
     os.utime(corpus, (1, 1))
     assert check_corpus(corpus, memory=memory).passages == 1
+
+
+def test_a_fingerprint_tells_whether_the_passages_are_the_same(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    prints = []
+    for number, records in enumerate(([LIMA], [LIMA], [LIMA, QUITO])):
+        corpus.write_bytes(lines(*records))
+        build_index(corpus, tmp_path / f"{number}", threads=number + 1)
+        prints.append(BM25Retriever(tmp_path / f"{number}").fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+    for number in range(3):  # as an index from elsewhere
+        (tmp_path / f"{number}" / METADATA_FILE).unlink()
+    shutil.copytree(tmp_path / "1", tmp_path / "copy")
+    prints = [index_fingerprint(tmp_path / name) for name in ("0", "1", "copy", "2")]
+    assert prints[1] == prints[2] and len(set(prints)) == 3
 
 
 def test_a_relative_place_is_that_of_the_folder_one_is_in_and_not_of_the_one_java_was_started_in(

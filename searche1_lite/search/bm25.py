@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from searche1_lite.errors import UserError
 from searche1_lite.search.base import MAX_QUERY, Passage, clean_query, parse_contents
+from searche1_lite.search.index import index_fingerprint
 from searche1_lite.search.jvm import start_jvm
 
 REMEMBERED_QUERIES = 20_000
@@ -70,6 +71,7 @@ class BM25Retriever:
         self._store = open_store() if bare and open_store else None
         self._remembered: OrderedDict[tuple[str, int], list[Passage]] = OrderedDict()
         self.name = f"bm25(k1={k1:g}, b={b:g})"
+        self.fingerprint = index_fingerprint(index)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """At most `k` passages for each query, best first. Repeated queries are answered once."""

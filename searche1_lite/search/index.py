@@ -1,5 +1,6 @@
 """Lucene indexes: built through Anserini, complete or not there, resumable, and found again by what they hold."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -27,6 +28,18 @@ _BATCH = 2_000
 """Passages handed to Lucene at a time, which it spreads over its threads."""
 _BATCH_CHARACTERS = 8_000_000
 """Fewer passages at a time where they are as long as this together."""
+
+
+def index_fingerprint(index: Path) -> str:
+    """Tells whether an index holds the same passages: by its corpus if it was built here, else by its last commit."""
+    try:
+        told = read_json(index / METADATA_FILE, "build it again").get("sha256")
+    except UserError:
+        told = None
+    if not isinstance(told, str):
+        commits = sorted(index.glob("segments_*"))  # each has an id that Lucene draws
+        told = hashlib.sha256(b"".join(path.read_bytes() for path in commits)).hexdigest()
+    return told[:24]
 
 
 def cache_folder() -> Path:
