@@ -9,7 +9,8 @@ update. On a GPU a step whose shape lasts is captured as a graph.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -21,6 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from searche1_lite.config import EngineConfig
 from searche1_lite.errors import UserError
 from searche1_lite.kv_cache import SlotCache, grouped
+from searche1_lite.model import compute_context, shadow_weights
+from searche1_lite.onednn import has_onednn
 from searche1_lite.shrinking import is_out_of_memory
 from searche1_lite.stopping import end_ids, tag_automaton
 
@@ -104,6 +107,16 @@ def uses_shadow(engine: EngineConfig, device: str, rows: int) -> bool:
     if engine.backend != "torch":
         return False
     return engine.shadow == "always" or (engine.shadow == "auto" and (device == "cpu" or rows >= SHADOW_ROWS))
+
+
+@contextmanager
+def rollout_context(model: PeftModel, engine: EngineConfig, rows: int) -> Iterator[None]:
+    """What a `Decoder` of so many rows computes under: plain weights where `uses_shadow` says so, and the compute
+    dtype. In fp32 on a CPU the plain weights are oneDNN's to compute with."""
+    device, dtype = model.device.type, model.get_input_embeddings().weight.dtype
+    onednn = device == "cpu" and dtype == torch.float32 and has_onednn()
+    with shadow_weights(model, uses_shadow(engine, device, rows), onednn=onednn), compute_context(model):
+        yield
 
 
 class RolloutDecoder(Protocol):

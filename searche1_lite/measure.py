@@ -189,17 +189,15 @@ def _decode(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Co
     """A full batch reads up to its last few tokens, and writes those: on a GPU enough for a step to be captured."""
     import torch
 
-    from searche1_lite.engine import CAPTURE_AFTER, PREFILL_TOKENS, Decoder, UniformStream, uses_shadow
-    from searche1_lite.model import compute_context, shadow_weights
+    from searche1_lite.engine import CAPTURE_AFTER, PREFILL_TOKENS, Decoder, UniformStream, rollout_context
 
     vocabulary, rows = model.get_input_embeddings().weight.shape[0], config.engine.batch_size
     episodes = [_trajectory(config, vocabulary, row, 0) for row in range(rows)]
     texts = [episode.prompt_ids + episode.completion_ids for episode in episodes]
     written, was_training = CAPTURE_AFTER + 2 if model.device.type == "cuda" else 4, model.training
     model.eval()  # as in a rollout; in training mode, gradient checkpointing would leave the cache out
-    shadow = shadow_weights(model, uses_shadow(config.engine, model.device.type, rows))
     try:
-        with torch.inference_mode(), shadow, compute_context(model):
+        with torch.inference_mode(), rollout_context(model, config.engine, rows):
             decoder = Decoder(model, tokenizer, rows, len(texts[0]), logprobs=True)
             size = max(1, PREFILL_TOKENS // rows)
             for start in range(0, len(texts[0]) - written, size):

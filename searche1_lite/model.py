@@ -30,6 +30,7 @@ from searche1_lite.config import ModelConfig
 from searche1_lite.errors import UserError
 from searche1_lite.hub import download_folder
 from searche1_lite.model_files import check_model_files, check_weights, read_adapter_config
+from searche1_lite.onednn import WORTHWHILE, OneDnnLinear
 from searche1_lite.search.progress import say_on_stderr
 from searche1_lite.seeding import derive_seed
 
@@ -101,20 +102,35 @@ def compute_context(model: PeftModel) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def shadow_weights(model: PeftModel, wanted: bool = True) -> Iterator[None]:
+def shadow_weights(model: PeftModel, wanted: bool = True, *, onednn: bool = False) -> Iterator[None]:
     """Has the model compute with plain linear layers in its compute dtype, for a while.
 
     Each holds what the 4-bit weight stands for plus the active adapter's update, added in fp32. The 4-bit weights and
     the adapter are not touched, and are back in their places afterwards: what is learnt later is in the next shadow. In
     bf16 the sum is rounded, so that the first small updates show in part only, as in training's own passes; how far
     rollouts and training are apart is `sampling_logprob_difference` in `metrics.jsonl`.
+
+    Args:
+        model: the policy.
+        wanted: False: nothing is done.
+        onednn: have oneDNN compute the large ones, the base's other linear layers too; for fp32 on a CPU, without
+            gradients.
     """
     dtype = model.get_input_embeddings().weight.dtype
     replaced: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
+
+    def replace(parent: torch.nn.Module, name: str, layer: torch.nn.Module) -> None:
+        replaced.append((parent, name, parent._modules[name]))  # type: ignore[arg-type]
+        parent._modules[name] = layer
+
     try:
         for parent, name, layer in adapted_layers(model) if wanted else ():
-            parent._modules[name] = plain_linear(layer, dtype)
-            replaced.append((parent, name, layer))
+            plain = plain_linear(layer, dtype)
+            quick = onednn and plain.weight.numel() >= WORTHWHILE
+            replace(parent, name, OneDnnLinear(plain, pack=True) if quick else plain)
+        for parent, name, layer in plain_layers(model) if wanted and onednn else ():
+            if layer.weight.numel() >= WORTHWHILE:
+                replace(parent, name, OneDnnLinear(layer, pack=False))
         yield
     finally:
         for parent, name, layer in replaced:
@@ -129,6 +145,18 @@ def adapted_layers(model: PeftModel) -> list[tuple[torch.nn.Module, str, Any]]:
         if not isinstance(parent, BaseTunerLayer)
         for name, child in parent.named_children()
         if isinstance(child, Linear4bit | BaseTunerLayer)
+    ]
+
+
+def plain_layers(model: PeftModel) -> list[tuple[torch.nn.Module, str, torch.nn.Linear]]:
+    """The linear layers that have neither, such as the head, each with its parent and its name there."""
+    taken = {id(part) for _, _, layer in adapted_layers(model) for part in layer.modules()}
+    return [
+        (parent, name, child)
+        for parent in model.get_base_model().modules()
+        if id(parent) not in taken
+        for name, child in parent.named_children()
+        if type(child) is torch.nn.Linear
     ]
 
 

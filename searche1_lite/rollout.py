@@ -16,9 +16,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from searche1_lite.config import EngineConfig
-from searche1_lite.engine import Decoder, RolloutDecoder, SampledTurn, UniformStream, uses_shadow
+from searche1_lite.engine import Decoder, RolloutDecoder, SampledTurn, UniformStream, rollout_context
 from searche1_lite.episode import Episode
-from searche1_lite.model import compute_context, shadow_weights
 from searche1_lite.protocol import Action, Protocol
 from searche1_lite.search.base import Passage, Retriever, search_each
 from searche1_lite.search.thread import SearchThread
@@ -126,7 +125,7 @@ def rollout(
     def play(size: int) -> list[Seat]:
         filled = fill_seats()
         rows = rows_for(size)
-        with shadow_weights(model, uses_shadow(engine, model.device.type, rows)), compute_context(model):
+        with rollout_context(model, engine, rows):
             writer = decoder(
                 model,
                 tokenizer,

@@ -14,9 +14,11 @@ from conftest import byte_level_tokenizer, fresh_policy, tiny_config
 from transformers import MistralConfig, MistralForCausalLM, Qwen2ForCausalLM
 
 from searche1_lite import engine
-from searche1_lite.config import ModelConfig
+from searche1_lite import model as model_module
+from searche1_lite.config import EngineConfig, ModelConfig
 from searche1_lite.engine import CAPTURE_AFTER, Decoder, UniformStream, _Graphs, pick_tokens
 from searche1_lite.model import load_policy, shadow_weights
+from searche1_lite.onednn import OneDnnLinear
 from searche1_lite.seeding import derive_seed
 
 
@@ -46,16 +48,22 @@ def turn(decoder: Decoder, slots: dict[int, list[int]], budget: int = 4) -> dict
     return written
 
 
+@pytest.fixture(params=["4-bit", "plain", "oneDNN"])
+def weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """How `shadow_weights` is called, so that the model computes with these."""
+    monkeypatch.setattr(model_module, "WORTHWHILE", 0)
+    return {"wanted": request.param != "4-bit", "onednn": request.param == "oneDNN"}
+
+
 @pytest.mark.parametrize("prefill_tokens", [4096, 30, 1])
-@pytest.mark.parametrize("shadow", [True, False])
 @torch.inference_mode()
 def test_kept_kv_equals_a_fresh_prefill_over_three_uneven_turns(
-    tiny_policy, monkeypatch, prefill_tokens: int, shadow: bool
+    tiny_policy, monkeypatch, prefill_tokens: int, weights: dict[str, bool]
 ) -> None:
     monkeypatch.setattr(engine, "PREFILL_TOKENS", prefill_tokens)
     model, tokenizer = tiny_policy
     rows = {0: list(b"What?"), 2: list(b"A much longer prompt than the others"), 3: list(b"Mid one")}
-    with shadow_weights(model, shadow), seen_logits(monkeypatch) as seen:
+    with shadow_weights(model, **weights), seen_logits(monkeypatch) as seen:
         decoder = Decoder(model, tokenizer, 5, 300, greedy=True)
         texts = dict(rows)
         for index in range(3):
@@ -67,6 +75,20 @@ def test_kept_kv_equals_a_fresh_prefill_over_three_uneven_turns(
             texts = {slot: [rows[slot][-1], *b" docs" * (1 + (slot + index) % 3)] for slot in rows}
             rows = {slot: ids + texts[slot][1:] for slot, ids in rows.items()}
     assert len(rows[2]) > 45
+
+
+@pytest.mark.parametrize("large", [True, False])
+@torch.inference_mode()
+def test_rollouts_in_fp32_on_a_cpu_leave_large_layers_to_onednn(tiny_policy, monkeypatch, large: bool) -> None:
+    model, tokenizer = tiny_policy
+    head = model.get_output_embeddings()
+    monkeypatch.setattr(model_module, "WORTHWHILE", head.weight.numel() + (not large))
+    for shadow, there in (("never", True), ("auto", True), ("auto", False)):
+        monkeypatch.setattr(engine, "has_onednn", lambda there=there: there)
+        with engine.rollout_context(model, EngineConfig(shadow=shadow), 4):
+            assert isinstance(model.get_output_embeddings(), OneDnnLinear) is (large and there and shadow == "auto")
+            assert turn(Decoder(model, tokenizer, 1, 100, greedy=True), {0: list(b"What?")})[0]
+        assert model.get_output_embeddings() is head
 
 
 @torch.inference_mode()
@@ -106,14 +128,15 @@ def test_a_row_is_moved_in_the_middle_of_a_turn_and_writes_on(tiny_policy) -> No
     assert sample(True) == sample(False) and len(sample(True)) > 6
 
 
-@pytest.mark.parametrize("shadow", [True, False])
 @torch.inference_mode()
-def test_greedy_tokens_equal_generates_on_64_questions_with_three_turns_each(tiny_policy, shadow: bool) -> None:
+def test_greedy_tokens_equal_generates_on_64_questions_with_three_turns_each(
+    tiny_policy, weights: dict[str, bool]
+) -> None:
     """`generate` prefills every row by itself, from its beginning, in every turn."""
     model, tokenizer = tiny_policy
     rng = Random(0)
     rows = {slot: [*b"Q: ", *rng.choices(range(97, 123), k=rng.randrange(1, 30))] for slot in range(64)}
-    with shadow_weights(model, shadow):
+    with shadow_weights(model, **weights):
         decoder = Decoder(model, tokenizer, 64, 300, greedy=True)
         texts, turns = dict(rows), []
         for _ in range(3):

@@ -24,6 +24,7 @@ from searche1_lite.config import ModelConfig
 from searche1_lite.errors import UserError
 from searche1_lite.loaded_run import is_crowded
 from searche1_lite.model import load_policy, resolve_model, shadow_bytes, shadow_weights
+from searche1_lite.onednn import OneDnnLinear
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -260,6 +261,40 @@ def test_the_shadow_is_as_large_as_it_says_and_shares_what_was_plain_already(tin
         new = [parameter for parameter in model.parameters() if parameter.data_ptr() not in there]
         assert sum(parameter.numel() * parameter.element_size() for parameter in new) == size > 0
         assert model.get_input_embeddings().weight is embeddings
+
+
+@torch.inference_mode()
+def test_onednn_computes_what_base_and_adapter_compute_and_holds_the_weights_once(
+    tiny_policy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = fresh_policy(tiny_policy_folder)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            parameter.normal_(std=0.1)
+    expected, kept = logits(model), [id(module) for module in model.modules()]
+    monkeypatch.setattr(model_module, "WORTHWHILE", 0)
+    head = model.get_output_embeddings().weight
+    with shadow_weights(model, onednn=True):
+        layers = [module for module in model.modules() if isinstance(module, OneDnnLinear)]
+        own = {id(layer.weight) for layer in layers if layer.weight.is_mkldnn}
+        assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
+        assert len(own) == len(layers) - 1, "all but the head, whose weight others have too"
+        assert model.get_output_embeddings().weight.data_ptr() == head.data_ptr()
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    assert [id(module) for module in model.modules()] == kept
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_layer_by_onednn_equals_pytorchs_for_inputs_of_any_shape(pack: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(37, 53, bias=bias)
+    ours = OneDnnLinear(linear, pack=pack)
+    wide = torch.randn(4, 74, 6)
+    with torch.inference_mode():
+        for inputs in (wide[:, :37, 0], wide.mT[..., ::2], torch.randn(37), torch.randn(0, 37), torch.randn(2, 0, 37)):
+            torch.testing.assert_close(ours(inputs), linear(inputs), atol=1e-5, rtol=1e-5)
 
 
 def test_the_masters_are_fp32_and_the_base_as_it_was_after_100_update_cycles(tiny_policy_folder: Path) -> None:
