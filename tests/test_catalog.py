@@ -22,7 +22,7 @@ from hub_server import HubServer
 from searche1_lite.config import SearchConfig
 from searche1_lite.errors import UserError
 from searche1_lite.search import download
-from searche1_lite.search.base import Passage
+from searche1_lite.search.base import Passage, fingerprint_of
 from searche1_lite.search.catalog import open_retriever
 from searche1_lite.search.index import build_index
 from searche1_lite.search.jvm import start_jvm
@@ -120,6 +120,18 @@ def test_an_index_without_text_takes_it_from_the_corpus(tmp_path: Path) -> None:
     for bad, message in (("missing.jsonl", "no corpus at"), ("index", "no corpus at")):
         with pytest.raises(UserError, match=message):
             open_retriever(SearchConfig(index=str(index), corpus=str(tmp_path / bad)))
+
+
+def test_the_fingerprint_of_an_index_without_text_tells_whether_the_texts_are_the_same(tmp_path: Path) -> None:
+    config = SearchConfig(index=str(bare_index(tmp_path / "index")))
+    changed = [PASSAGES[0] | {"contents": PASSAGES[0]["contents"].replace("Peru", "Perv")}, *PASSAGES[1:]]
+    assert changed != PASSAGES
+    prints = []
+    for name, records in (("a.jsonl", PASSAGES), ("b.jsonl.gz", PASSAGES), ("c.jsonl", changed)):
+        config.corpus = str(write_corpus(tmp_path / name, records))
+        prints += [fingerprint_of(open_retriever(config)) for _ in range(2)]  # the second from the cache
+    assert prints[0] is not None and len(set(prints[:4])) == 1 and len(set(prints[4:])) == 1
+    assert prints[0] != prints[4]
 
 
 def test_passages_are_looked_up_by_id_in_any_order_and_the_table_is_made_once(tmp_path: Path) -> None:

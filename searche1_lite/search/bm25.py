@@ -20,6 +20,9 @@ _FEW = 4
 class TextStore(Protocol):
     """Where the passages are whose text an index does not hold."""
 
+    fingerprint: str
+    """Tells whether they are the same."""
+
     def contents(self, passage_id: str) -> str:
         """The title in the first line, and the text."""
         ...
@@ -71,7 +74,7 @@ class BM25Retriever:
         self._store = open_store() if bare and open_store else None
         self._remembered: OrderedDict[tuple[str, int], list[Passage]] = OrderedDict()
         self.name = f"bm25(k1={k1:g}, b={b:g})"
-        self.fingerprint = index_fingerprint(index)
+        self.fingerprint = index_fingerprint(index) + (f" {self._store.fingerprint}" if self._store else "")
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """At most `k` passages for each query, best first. Repeated queries are answered once."""

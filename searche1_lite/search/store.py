@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from searche1_lite.errors import UserError
 from searche1_lite.jsonl import MAX_LINE, JsonFault, bounded_lines, parse_json
+from searche1_lite.sealed_folder import write_atomically
 from searche1_lite.search.corpus import is_gzip, open_corpus
 from searche1_lite.search.download import full_disk_explained
 from searche1_lite.search.progress import SILENT, Progress, megabytes
@@ -23,6 +24,7 @@ class JsonlStore:
 
     A table of the ids' hashes and where their lines begin is made once, in `cache`, and made again when the file
     changes: 16 bytes a passage, of which only what is looked up is read. A gzip file is unpacked there once.
+    `fingerprint` tells whether all passages are the same.
 
     Raises:
         UserError: if the file is missing, holds no passage, is cut short, or there is no room to unpack it.
@@ -37,10 +39,11 @@ class JsonlStore:
         name = _name(corpus)
         with FileLock(cache / f"{name}.lock"):
             self._path = _unpacked(corpus, cache / f"{name}.jsonl", progress) if is_gzip(corpus) else corpus
-            table = cache / f"{name}.offsets.npy"
-            if not table.is_file():
-                _write_table(self._path, table, progress)
+            table, digest = cache / f"{name}.offsets.npy", cache / f"{name}.sha256"
+            if not (table.is_file() and digest.is_file()):
+                write_atomically(digest, _write_table(self._path, table, progress))
         try:
+            self.fingerprint = digest.read_text()[:24]
             self._hashes, self._offsets = numpy.load(table, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
             raise UserError(f"{table} is damaged ({error}); delete it, and it is made again", exit_code=1) from error
@@ -107,16 +110,21 @@ def _unpacked(corpus: Path, place: Path, progress: Progress) -> Path:
     return place
 
 
-def _write_table(corpus: Path, table: Path, progress: Progress) -> None:
-    """(2, passages) int64 at `table`: hashes in order, and the byte at which each one's line begins."""
+def _write_table(corpus: Path, table: Path, progress: Progress) -> str:
+    """(2, passages) int64 at `table`: hashes in order, and the byte at which each one's line begins.
+
+    Returns:
+        The SHA-256 of all lines that are passages.
+    """
     import numpy
 
-    hashes, offsets, begin = array("q"), array("q"), 0
+    hashes, offsets, begin, content = array("q"), array("q"), 0, hashlib.sha256()
     with megabytes(progress, f"look up {corpus.name}", corpus.stat().st_size) as advance, corpus.open("rb") as file:
         for _, line in bounded_lines(file):
             if line is not None and (record := _record(line)) is not None:
                 hashes.append(_hash(str(record["id"])))
                 offsets.append(begin)
+                content.update(line.strip() + b"\n")
             end = file.tell()
             advance(end - begin)
             begin = end
@@ -131,6 +139,7 @@ def _write_table(corpus: Path, table: Path, progress: Progress) -> None:
         part.replace(table)
     finally:
         part.unlink(missing_ok=True)
+    return content.hexdigest()
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
