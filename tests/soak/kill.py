@@ -74,7 +74,7 @@ def main() -> None:
                 child = live(path, config, errors)
                 in_save = kills % 2 == 0 and kills < words.kills
                 # Some lives end early, some after their run's end; those that wait for a save end within one.
-                until = time.monotonic() + (seconds if in_save else rng.uniform(0.2, 1.0) * seconds * 0.6)
+                until = float("inf") if in_save else time.monotonic() + rng.uniform(0.2, 1.0) * seconds * 0.6
                 skip = rng.randrange(6)  # saves to let pass
                 was_saving = False
                 status = None
