@@ -13,7 +13,8 @@ from searche1_lite.model import compute_context
 TOKENS_PER_TILE = 512
 """Tokens that are projected onto the vocabulary together."""
 
-_VOCABULARY_PER_TILE = 32768
+VOCABULARY_PER_TILE = 32768
+"""Entries of the vocabulary that they are projected onto together."""
 
 
 def hidden_states(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
@@ -65,7 +66,7 @@ def token_logprobs(
     logprobs, entropies = [], []
     for states, ids in zip(hidden.split(TOKENS_PER_TILE), targets.split(TOKENS_PER_TILE), strict=True):
         values, entropy, *_ = ChunkedLogProbFunction.apply(
-            states, head.weight, head.bias, ids, temperature, _VOCABULARY_PER_TILE, None, 1.0, ("entropy",)
+            states, head.weight, head.bias, ids, temperature, VOCABULARY_PER_TILE, None, 1.0, ("entropy",)
         )
         logprobs.append(values)
         entropies.append(entropy)

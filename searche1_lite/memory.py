@@ -28,7 +28,7 @@ from searche1_lite.config import Config, ModelConfig
 from searche1_lite.divergence import divergence
 from searche1_lite.engine import PREFILL_TOKENS, pick_tokens, uses_shadow
 from searche1_lite.kv_cache import SlotCache, grouped
-from searche1_lite.logprobs import hidden_states, token_logprobs
+from searche1_lite.logprobs import VOCABULARY_PER_TILE, hidden_states, token_logprobs
 from searche1_lite.microbatch import fullest
 from searche1_lite.model import compute_context
 
@@ -214,7 +214,7 @@ def _grpo_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tensor]]
     yield []
     hidden = _completion_hidden(model, ids, completion)
     with compute_context(model):
-        head = model.get_output_embeddings()
+        head = _two_tiles(model.get_output_embeddings())
         values, _ = token_logprobs(head, hidden, ids[:, -completion:].flatten(), config.engine.temperature)
     del hidden
     values.sum().backward()
@@ -242,6 +242,8 @@ def _student_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tenso
     ids, completion = _fullest_batch(config, prompt, stage.micro_batch_tokens, stage.batch_size)
     targets = ids[:, -completion:].flatten()
     head, teacher = model.get_output_embeddings(), None
+    if stage.objective != "distill" or not (stage.clip or stage.top_k):  # these need all logits of a token at once
+        head = _two_tiles(head)
     if stage.objective == "distill":
         teacher = torch.empty((targets.numel(), head.weight.shape[1]), dtype=head.weight.dtype)
     yield [] if teacher is None else [teacher]
@@ -255,6 +257,16 @@ def _student_pass(model: PeftModel, config: Config) -> Iterator[list[torch.Tenso
             )
     del student
     values.sum().backward()
+
+
+def _two_tiles(head: Any) -> torch.nn.Module:
+    """The output embeddings, their words cut to two full tiles of the losses: each further one takes the same again."""
+    words = 2 * max(VOCABULARY_PER_TILE, chunked_divergence.VOCAB_CHUNK_SIZE)
+    cut = torch.nn.Linear(1, 1, bias=head.bias is not None, device="meta")
+    cut.weight = torch.nn.Parameter(head.weight[:words], requires_grad=False)
+    if head.bias is not None:
+        cut.bias = torch.nn.Parameter(head.bias[:words], requires_grad=False)
+    return cut
 
 
 def _peak(run: Pass, shape: PretrainedConfig, config: Config, dtype: torch.dtype, device: Device, layers: int) -> int:

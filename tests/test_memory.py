@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, PretrainedConfig, Qwen2Config
 from trl.kernels import chunked_divergence, chunked_logprob
 
+from searche1_lite import memory
 from searche1_lite.config import DEFAULT_PRESETS, Config, ModelConfig, load_config
 from searche1_lite.doctor import _KNOWN_SHAPES, CUDA_RESERVE, GIB, model_shape
 from searche1_lite.memory import (
@@ -285,6 +286,24 @@ def test_a_round_without_self_distillation_has_no_such_stage() -> None:
 @pytest.mark.parametrize("knob", ["ofsd.objective=sft", "ofsd.clip=0.05", "ofsd.top_k=20", "ofsd.divergence=jsd"])
 def test_every_form_of_the_loss_can_be_planned(knob: str) -> None:
     assert peak("student", knob) > 0
+
+
+@pytest.mark.parametrize("knob", ["ofsd.divergence=forward_kl", "ofsd.divergence=jsd", "ofsd.objective=sft"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_two_tiles_of_the_vocabulary_tell_what_all_of_it_takes(
+    device: str, knob: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = shape()
+    large.vocab_size = 120_000
+    config = settings("grpo.micro_batch_tokens=1024", "ofsd.micro_batch_tokens=1024", knob)
+    config.protocol.max_prompt_tokens, config.protocol.max_completion_tokens = 64, 960
+
+    def peaks() -> list[int]:
+        return [_peak(PASSES[name], large, config, torch.float32, device, 2) for name in ("GRPO", "student")]
+
+    cut = peaks()
+    monkeypatch.setattr(memory, "_two_tiles", lambda head: head)
+    assert peaks() == cut
 
 
 def test_the_kernels_are_back_in_place_after_a_plan_for_a_gpu() -> None:
