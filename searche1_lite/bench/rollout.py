@@ -225,7 +225,7 @@ def measure_rollouts(quick: bool = False, on_part: OnPart = lambda name: None) -
                 found[name] = report(workload, repeats, on_part)
 
     found["demo"] = if_it_fits("demo", lambda: report(demo_workload(quick), 1 if quick else 3, on_part))
-    small = {"135m_3_layers" if quick else "135m": 40 if gpu else 5}  # on two slow cores, one group takes three minutes
+    small = {"135m_3_layers" if quick else "135m": 40 if gpu else 5}  # on two slow cores, a group takes TRL 100 s
     kinds = [(small_shape(3 if quick else 30), small, 1 if quick else 2)]
     if gpu and not quick:
         from searche1_lite.doctor import model_shape
