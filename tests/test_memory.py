@@ -293,13 +293,13 @@ def test_every_form_of_the_loss_can_be_planned(knob: str) -> None:
 def test_two_tiles_of_the_vocabulary_tell_what_all_of_it_takes(
     device: str, knob: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    large = shape()
+    large, dtype = shape(), torch.bfloat16 if device == "cuda" else torch.float32
     large.vocab_size = 120_000
     config = settings("grpo.micro_batch_tokens=1024", "ofsd.micro_batch_tokens=1024", knob)
     config.protocol.max_prompt_tokens, config.protocol.max_completion_tokens = 64, 960
 
     def peaks() -> list[int]:
-        return [_peak(PASSES[name], large, config, torch.float32, device, 2) for name in ("GRPO", "student")]
+        return [_peak(PASSES[name], large, config, dtype, device, 2) for name in ("GRPO", "student")]
 
     cut = peaks()
     monkeypatch.setattr(memory, "_two_tiles", lambda head: head)
