@@ -16,6 +16,7 @@ test: $(TOOLS)
 
 lint: $(TOOLS)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
 
 # The stamp is younger than both files exactly when what they ask for is installed.

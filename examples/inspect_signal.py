@@ -16,12 +16,12 @@ import searche1_lite as s1
 
 def main(out: str) -> None:
     s1.quieten()
-    from searche1_lite.diagnostics import watch
-    from searche1_lite.pairs import select_pairs
+    from searche1_lite.train.diagnostics import watch
+    from searche1_lite.train.pairs import select_pairs
 
     shorter = ["rounds=1", "grpo.steps=2", "ofsd.questions=48", "data.evaluation_limit=20"]
     config = s1.load_config("demo", overrides=shorter)
-    s1.train(config, out)
+    s1.train_policy(config, out)
     lines = Path(out, "trajectories", "round1.ofsd.rollouts.jsonl").read_text(encoding="utf-8").splitlines()
     rollouts = [s1.Trajectory.from_dict(json.loads(line)) for line in lines]
     found, counts = select_pairs(rollouts, config.ofsd.students)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import searche1_lite as s1
-from searche1_lite.demo.world import DEMO_WORLD_SEED, World
+from searche1_lite.data.demo_world import DEMO_WORLD_SEED, World
 
 
 class RareWords:

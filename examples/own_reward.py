@@ -10,7 +10,7 @@ python examples/own_reward.py runs/own-reward
 import sys
 
 import searche1_lite as s1
-from searche1_lite.reward import exact_match
+from searche1_lite.rollout.reward import exact_match
 
 
 def right_and_brief(written: s1.Written) -> float:
@@ -22,7 +22,7 @@ def right_and_brief(written: s1.Written) -> float:
 def main(out: str) -> None:
     s1.quieten()
     shorter = ["rounds=1", "grpo.steps=6", "ofsd.enabled=false", "data.evaluation_limit=100"]
-    summary = s1.train(s1.load_config("demo", overrides=shorter), out, reward=right_and_brief)
+    summary = s1.train_policy(s1.load_config("demo", overrides=shorter), out, reward=right_and_brief)
     print(f"rewarded by {summary['reward']}")
     for stage in summary["stages"]:
         print(f"{stage['name']}: {stage['em']:.2f} right, {stage['searches_per_question']:.2f} searches a question")

@@ -12,7 +12,7 @@ def main(out: str) -> None:
     s1.quieten()
     shorter = ["rounds=1", "grpo.steps=2", "ofsd.questions=64", "data.evaluation_limit=60"]
     config = s1.load_config("demo", overrides=shorter)
-    for stage in s1.train(config, out)["stages"]:
+    for stage in s1.train_policy(config, out)["stages"]:
         print(f"{stage['name']}: {stage['em']:.2f} right, {stage['searches_per_question']:.2f} searches a question")
     adapter = f"{out}/checkpoints/round1.ofsd"
     answer = s1.open_asker(config, adapter).answer("What is the mayor of the birthplace of Feda Vifa?")

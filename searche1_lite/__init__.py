@@ -6,13 +6,13 @@ BM25 through Pyserini. Importing this package is instant: nothing heavy is loade
     import searche1_lite as s1
 
     config = s1.load_config("demo")
-    summary = s1.train(config, "runs/demo")
+    summary = s1.train_policy(config, "runs/demo")
     asker = s1.open_asker(config, "runs/demo/checkpoints/round2.ofsd")
     print(asker.answer("What is the mayor of Port Mitu?").answer)
 
-Whatever the command line does is here: `train`, `evaluate_policy` (eval), `open_asker` (ask), `run_sweep`,
-`serve_page` (ask --web), `build_index`, `serve_search`, `write_report`, `export_policy`, `examine` (doctor),
-`run_bench`, and `config_for_gpu` (without --preset). Mistakes that the caller can mend are `UserError`s.
+Whatever the command line does is here: `train_policy` (train), `evaluate_policy` (eval), `open_asker` (ask),
+`run_sweep`, `serve_page` (ask --web), `build_index`, `serve_search`, `write_report`, `export_policy`, `examine`
+(doctor), `run_bench`, and `config_for_gpu` (without --preset). Mistakes that the caller can mend are `UserError`s.
 """
 
 import os
@@ -24,27 +24,27 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from searche1_lite.api import (
+    from searche1_lite.bench import bench as run_bench
+    from searche1_lite.bench.doctor import examine
+    from searche1_lite.cli.api import (
         config_for_gpu,
         evaluate_policy,
         open_asker,
         run_sweep,
         serve_page,
         serve_search,
-        train,
+        train_policy,
     )
-    from searche1_lite.ask import Answer, Asker
-    from searche1_lite.bench import bench as run_bench
     from searche1_lite.config import Config, load_config
-    from searche1_lite.doctor import examine
-    from searche1_lite.errors import UserError
-    from searche1_lite.export import export_policy
-    from searche1_lite.quiet import quieten
+    from searche1_lite.data.trajectory import Passage, Question, Trajectory
     from searche1_lite.report import write_report
-    from searche1_lite.reward import Reward, Written
-    from searche1_lite.search.base import Passage, Retriever
+    from searche1_lite.rollout.reward import Reward, Written
+    from searche1_lite.runtime.errors import UserError
+    from searche1_lite.runtime.quiet import quieten
+    from searche1_lite.search.base import Retriever
     from searche1_lite.search.index import build_index
-    from searche1_lite.trajectory import Question, Trajectory
+    from searche1_lite.serve.ask import Answer, Asker
+    from searche1_lite.serve.export import export_policy
 
 __all__ = [
     "Answer",
@@ -69,34 +69,34 @@ __all__ = [
     "run_sweep",
     "serve_page",
     "serve_search",
-    "train",
+    "train_policy",
     "write_report",
 ]
 
 _MODULES = {
-    "Answer": "ask",
-    "Asker": "ask",
+    "Answer": "serve.ask",
+    "Asker": "serve.ask",
     "Config": "config",
-    "Passage": "search.base",
-    "Question": "trajectory",
+    "Passage": "data.trajectory",
+    "Question": "data.trajectory",
     "Retriever": "search.base",
-    "Reward": "reward",
-    "Trajectory": "trajectory",
-    "UserError": "errors",
-    "Written": "reward",
+    "Reward": "rollout.reward",
+    "Trajectory": "data.trajectory",
+    "UserError": "runtime.errors",
+    "Written": "rollout.reward",
     "build_index": "search.index",
-    "config_for_gpu": "api",
-    "evaluate_policy": "api",
-    "examine": "doctor",
-    "export_policy": "export",
+    "config_for_gpu": "cli.api",
+    "evaluate_policy": "cli.api",
+    "examine": "bench.doctor",
+    "export_policy": "serve.export",
     "load_config": "config",
-    "open_asker": "api",
-    "quieten": "quiet",
+    "open_asker": "cli.api",
+    "quieten": "runtime.quiet",
     "run_bench": "bench",
-    "run_sweep": "api",
-    "serve_page": "api",
-    "serve_search": "api",
-    "train": "api",
+    "run_sweep": "cli.api",
+    "serve_page": "cli.api",
+    "serve_search": "cli.api",
+    "train_policy": "cli.api",
     "write_report": "report",
 }
 """Where each name is. None may be a module's too: once that is imported, it would stand in the name's place."""

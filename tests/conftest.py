@@ -16,10 +16,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from searche1_lite.config import ModelConfig, ProtocolConfig
-from searche1_lite.model import load_policy
-from searche1_lite.protocol import Protocol
-from searche1_lite.search.base import Passage
-from searche1_lite.trajectory import Trajectory
+from searche1_lite.data.trajectory import Passage, Trajectory
+from searche1_lite.policy.model import load_policy
+from searche1_lite.rollout.protocol import Protocol
 
 TAGS = [f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/")]
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -6,10 +6,9 @@ import torch
 from conftest import dense_divergence
 from peft import PeftModel
 
-from searche1_lite.pairs import Pair
-from searche1_lite.protocol import Protocol, parse_turn
-from searche1_lite.search.base import Passage
-from searche1_lite.trajectory import Question, Search, Trajectory, Turn
+from searche1_lite.data.trajectory import Passage, Question, Search, Trajectory, Turn
+from searche1_lite.rollout.protocol import Protocol, parse_turn
+from searche1_lite.train.pairs import Pair
 
 TEMPERATURE = 0.8
 

@@ -20,12 +20,11 @@ from conftest import ShelfRetriever, fresh_policy, tiny_protocol_config
 from test_shrinking import QUESTIONS, Policy, Stage
 
 from searche1_lite.config import EngineConfig
-from searche1_lite.errors import explain
-from searche1_lite.protocol import Protocol
-from searche1_lite.rollout import rollout
-from searche1_lite.search.base import Passage
-from searche1_lite.shrinking import Limit
-from searche1_lite.trajectory import Trajectory
+from searche1_lite.data.trajectory import Passage, Trajectory
+from searche1_lite.policy.shrinking import Limit
+from searche1_lite.rollout.protocol import Protocol
+from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.runtime.errors import explain
 
 LEFT = 320 * 2**20
 """Bytes. A step asks for more than twice as much if it is made at once, and for half as much in its smallest parts."""

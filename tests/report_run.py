@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from searche1_lite.config import dump_config, load_config
-from searche1_lite.search.base import Passage
-from searche1_lite.trajectory import Question, Search, Trajectory, Turn
+from searche1_lite.data.trajectory import Passage, Question, Search, Trajectory, Turn
 
 STAGES = ["base", "round1.grpo", "round1.ofsd"]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-COMMAND = [sys.executable, "-c", "from searche1_lite.cli import main; main()", "serve-search"]
+COMMAND = [sys.executable, "-c", "from searche1_lite.cli.main import main; main()", "serve-search"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 

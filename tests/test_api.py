@@ -12,12 +12,11 @@ import pytest
 from conftest import ShelfRetriever
 
 import searche1_lite
-from searche1_lite import UserError, config_for_gpu, evaluate_policy, load_config, open_asker, train
-from searche1_lite.checkpoint import RunFolder
+from searche1_lite import UserError, config_for_gpu, evaluate_policy, load_config, open_asker, train_policy
 from searche1_lite.config import Config, SearchConfig, dump_config
-from searche1_lite.reward import Written, earned, exact_match, written_by_policy
-from searche1_lite.search.base import Passage
-from searche1_lite.trajectory import Question, Search, Trajectory, Turn
+from searche1_lite.data.trajectory import Passage, Question, Search, Trajectory, Turn
+from searche1_lite.rollout.reward import Written, earned, exact_match, written_by_policy
+from searche1_lite.train.checkpoint import RunFolder
 
 PACKAGE = Path(searche1_lite.__file__).parent
 QUESTIONS = [("Where is Lima?", "Peru"), ("Where is Oslo?", "Norway"), ("Which land has Lima?", "Peru")]
@@ -97,7 +96,7 @@ def test_own_reward_and_own_retriever_are_what_a_run_trains_with(
         given.append(float(len(written.queries)) - 0.5)
         return given[-1]
 
-    summary = train(config, tmp_path / "run", retriever=shelf, reward=queries_asked)
+    summary = train_policy(config, tmp_path / "run", retriever=shelf, reward=queries_asked)
     assert summary["retriever"] == "shelf" and "queries_asked" in summary["reward"]
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
     assert shelf.batches, "it was searched"
@@ -112,10 +111,10 @@ def test_own_reward_and_own_retriever_are_what_a_run_trains_with(
         assert 0 <= step["em"] <= 1, "exact match is told beside it"
 
     with pytest.raises(UserError, match="begun with the reward .*queries_asked.*, not 'exact match'"):
-        train(config, tmp_path / "run", resume=True, retriever=shelf)
+        train_policy(config, tmp_path / "run", resume=True, retriever=shelf)
     shelf.name = "another shelf"
     with pytest.raises(UserError, match="begun with the retriever 'shelf', not 'another shelf'"):
-        train(config, tmp_path / "run", resume=True, retriever=shelf, reward=queries_asked)
+        train_policy(config, tmp_path / "run", resume=True, retriever=shelf, reward=queries_asked)
 
 
 def test_a_run_whose_passages_or_questions_changed_is_not_gone_on_with(config: Config, tmp_path: Path) -> None:
@@ -127,17 +126,17 @@ def test_a_run_whose_passages_or_questions_changed_is_not_gone_on_with(config: C
         corpus.write_text(json.dumps({"id": "a", "contents": f"Lima\nLima is in {country}."}) + "\n")
 
     write("Peru")
-    summary = train(config, tmp_path / "run")
+    summary = train_policy(config, tmp_path / "run")
     write("Chile")
     with pytest.raises(UserError, match="the passages have changed since the run was begun; put them back, or choose"):
-        train(config, tmp_path / "run", resume=True)
+        train_policy(config, tmp_path / "run", resume=True)
     write("Peru")
-    assert train(config, tmp_path / "run", resume=True) == summary
+    assert train_policy(config, tmp_path / "run", resume=True) == summary
     questions.write_text(
         questions.read_text() + json.dumps({"id": "n", "question": "?", "golden_answers": ["x"]}) + "\n"
     )
     with pytest.raises(UserError, match="the questions have changed since the run was begun"):
-        train(config, tmp_path / "run", resume=True)
+        train_policy(config, tmp_path / "run", resume=True)
 
 
 def test_a_run_whose_search_cannot_be_opened_is_not_locked_for_whoever_keeps_the_error(
@@ -149,7 +148,7 @@ def test_a_run_whose_search_cannot_be_opened_is_not_locked_for_whoever_keeps_the
     errors = []
     for _ in range(2):
         with pytest.raises(UserError) as caught:
-            train(config, tmp_path / "run", resume=True)
+            train_policy(config, tmp_path / "run", resume=True)
         errors.append(caught)
     assert all("cannot search at" in str(error.value) for error in errors)
 
@@ -158,13 +157,13 @@ def test_a_reward_that_is_no_finite_number_ends_the_run_with_a_line(
     config: Config, shelf: ShelfRetriever, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="gave nan for the question 'q[01]'; a reward is a finite number"):
-        train(config, tmp_path / "run", retriever=shelf, reward=lambda written: math.nan)
+        train_policy(config, tmp_path / "run", retriever=shelf, reward=lambda written: math.nan)
 
 
 def test_evaluating_and_asking_take_a_retriever_and_an_adapter(
     config: Config, shelf: ShelfRetriever, tmp_path: Path
 ) -> None:
-    train(config, tmp_path / "run", retriever=shelf)
+    train_policy(config, tmp_path / "run", retriever=shelf)
     adapter = tmp_path / "run" / "checkpoints" / "round1.grpo"
     found = evaluate_policy(config, adapter=adapter, retriever=shelf, out=tmp_path / "answers")
     assert (found["n"], found["retriever"], found["adapter"]) == (1, "shelf", str(adapter))

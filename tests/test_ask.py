@@ -13,20 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from searche1_lite.cli.console import RichTasks
 
-from searche1_lite.adapter import adapter_digest, save_adapter
-from searche1_lite.answer_view import AnswerView, Reasoning, comparison_table, figures
-from searche1_lite.ask import Asker, AskSettings, Comparison, Event, Found, Searched, Told, Wrote, _WatchedEpisode
-from searche1_lite.benchmarks import load_questions
+from searche1_lite.cli.pipe import LONGEST_LINE, QuestionLines
 from searche1_lite.config import ModelConfig, load_config
-from searche1_lite.console import RichTasks
-from searche1_lite.errors import UserError
-from searche1_lite.loaded_run import Run
-from searche1_lite.model import load_policy
-from searche1_lite.pipe import LONGEST_LINE, QuestionLines
-from searche1_lite.protocol import Protocol
-from searche1_lite.search.base import Passage
-from searche1_lite.trajectory import Question
+from searche1_lite.data.questions import load_questions
+from searche1_lite.data.trajectory import Passage, Question
+from searche1_lite.policy.adapter import adapter_digest, save_adapter
+from searche1_lite.policy.model import load_policy
+from searche1_lite.rollout.protocol import Protocol
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.serve.answer_view import AnswerView, Reasoning, comparison_table, figures
+from searche1_lite.serve.ask import Asker, AskSettings, Comparison, Event, Found, Searched, Told, Wrote, _WatchedEpisode
+from searche1_lite.train.session import Run
 from tests.conftest import byte_level_tokenizer
 
 QUESTION = "What is the mayor of Port Mitu?"

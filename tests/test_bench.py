@@ -11,14 +11,11 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from searche1_lite.cli.console import bench_tables
 from transformers import Qwen2Config
 
 from searche1_lite.bench import bench
-from searche1_lite.bench.memory import _one_step, standard_workload
-from searche1_lite.config import Config, dump_config, load_config, parse_config, preset_names
-from searche1_lite.console import bench_tables
-from searche1_lite.errors import UserError
-from searche1_lite.measure import (
+from searche1_lite.bench.measure import (
     _dense_step,
     _grpo_step,
     _ofsd_step,
@@ -27,8 +24,11 @@ from searche1_lite.measure import (
     measure,
     save_random_base,
 )
-from searche1_lite.microbatch import fullest, micro_batches
-from searche1_lite.model import load_policy
+from searche1_lite.bench.memory import _one_step, standard_workload
+from searche1_lite.config import Config, dump_config, load_config, parse_config, preset_names
+from searche1_lite.policy.microbatch import fullest, micro_batches
+from searche1_lite.policy.model import load_policy
+from searche1_lite.runtime.errors import UserError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 
@@ -152,7 +152,7 @@ def test_a_stage_that_does_not_fit_into_the_memory_is_told_as_none(base: Path, t
     file = tmp_path / "config.yaml"
     program = (
         "import json, resource, sys; from pathlib import Path; from searche1_lite.config import load_config\n"
-        "from searche1_lite.measure import measure\n"
+        "from searche1_lite.bench.measure import measure\n"
         "resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30,) * 2)\n"
         "print(json.dumps(measure('GRPO step', load_config(None, Path(sys.argv[1])), dense=True)))"
     )

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from searche1_lite.cli.console import bench_tables
 from transformers import LlamaConfig
 
-from searche1_lite import loaded_run
 from searche1_lite.bench import bench
 from searche1_lite.bench import rollout as bench_rollout
 from searche1_lite.bench.baselines import ToolLoop, cut_turn, reprefill_rollouts, stop_ids
@@ -32,16 +32,16 @@ from searche1_lite.bench.rollout import (
 )
 from searche1_lite.bench.round import round_shares
 from searche1_lite.bench.search import percentile
-from searche1_lite.benchmarks import load_questions
 from searche1_lite.config import Config, load_config
-from searche1_lite.console import bench_tables
-from searche1_lite.engine import SampledTurn
-from searche1_lite.episode import Episode
-from searche1_lite.errors import UserError
-from searche1_lite.model import load_policy
-from searche1_lite.protocol import Action, Protocol
-from searche1_lite.rollout import RolloutTimes
-from searche1_lite.trajectory import Trajectory
+from searche1_lite.data.questions import load_questions
+from searche1_lite.data.trajectory import Trajectory
+from searche1_lite.policy.engine import SampledTurn
+from searche1_lite.policy.model import load_policy
+from searche1_lite.rollout.episode import Episode
+from searche1_lite.rollout.protocol import Action, Protocol
+from searche1_lite.rollout.scheduler import RolloutTimes
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.train import session as loaded_run
 
 LOOPS = ("ours", "trl", "reprefill")
 

@@ -11,8 +11,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from searche1_lite import hub
-from searche1_lite.benchmarks import (
+from searche1_lite.config import Config, DataConfig, GRPOStageConfig
+from searche1_lite.data.questions import (
     PUBLIC_SETS,
     SEVEN_SETS,
     check_disjoint,
@@ -20,9 +20,9 @@ from searche1_lite.benchmarks import (
     load_run_questions,
     sample_question,
 )
-from searche1_lite.config import Config, DataConfig, GRPOStageConfig
-from searche1_lite.errors import UserError
-from searche1_lite.trajectory import Question
+from searche1_lite.data.trajectory import Question
+from searche1_lite.runtime import hub
+from searche1_lite.runtime.errors import UserError
 
 GOOD: dict[str, Any] = {"id": "q", "question": "Who?", "golden_answers": ["Ada"]}
 

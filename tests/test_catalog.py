@@ -20,9 +20,10 @@ import pytest
 from hub_server import HubServer
 
 from searche1_lite.config import SearchConfig
-from searche1_lite.errors import UserError
+from searche1_lite.data.trajectory import Passage
+from searche1_lite.runtime.errors import UserError
 from searche1_lite.search import download
-from searche1_lite.search.base import Passage, fingerprint_of
+from searche1_lite.search.base import fingerprint_of
 from searche1_lite.search.catalog import open_retriever
 from searche1_lite.search.index import build_index
 from searche1_lite.search.jvm import start_jvm
@@ -327,7 +328,7 @@ def test_an_archive_cannot_write_elsewhere(tmp_path: Path, listed: Callable[...,
 OPEN_WIKI18 = """
 import json
 from searche1_lite.config import SearchConfig
-from searche1_lite.errors import UserError
+from searche1_lite.runtime.errors import UserError
 from searche1_lite.search import wiki18
 from searche1_lite.search.catalog import open_retriever
 wiki18.INDEX_SIZE = wiki18.PACKED_SIZE = wiki18.UNPACKED_SIZE = 1000  # so that the test needs no large disk

@@ -10,7 +10,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from searche1_lite.demo.world import write_demo_corpus
+from searche1_lite.data.demo_world import write_demo_corpus
 
 QUESTION = "What is the mayor of Port Mitu?"
 READY, TAKEN = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste is on while a line is edited

@@ -13,13 +13,13 @@ import torch
 from conftest import fresh_policy
 from peft import PeftModel, get_peft_model_state_dict
 
-from searche1_lite import checkpoint
-from searche1_lite.adapter import load_adapter_weights, save_adapter
-from searche1_lite.checkpoint import RunFolder, check_adapter_folder
 from searche1_lite.config import Config, load_config
-from searche1_lite.errors import UserError
-from searche1_lite.schedule import best_stage
-from searche1_lite.sealed_folder import SEAL, update_sealed, write_atomically, write_sealed
+from searche1_lite.policy.adapter import load_adapter_weights, save_adapter
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.sealed_folder import SEAL, update_sealed, write_atomically, write_sealed
+from searche1_lite.train import checkpoint
+from searche1_lite.train.checkpoint import RunFolder, check_adapter_folder
+from searche1_lite.train.schedule import best_stage
 
 
 @pytest.fixture(scope="module")

@@ -180,7 +180,7 @@ def test_an_empty_question_is_refused_in_one_line(desk: Path, question: str) -> 
 
 def test_a_folder_with_another_run_is_refused_in_one_line(desk: Path) -> None:
     # A run is told by its settings; another command writes them here as `train` does.
-    write_run = "from pathlib import Path; from searche1_lite.checkpoint import RunFolder\n"
+    write_run = "from pathlib import Path; from searche1_lite.train.checkpoint import RunFolder\n"
     write_run += (
         "from searche1_lite.config import load_config; RunFolder(Path('runs/demo'), load_config('demo'), False).start()"
     )
@@ -249,7 +249,9 @@ def test_a_large_download_is_not_begun_unasked(desk: Path) -> None:
 
 @pytest.mark.parametrize(("answer", "agreed"), [("y", True), ("Yes", True), ("", False), ("n", False)])
 def test_someone_at_a_terminal_is_asked_before_a_download(answer: str, agreed: bool) -> None:
-    program = "from searche1_lite.console import confirmation; print(confirmation(False)('downloading X takes 1 GB'))"
+    program = (
+        "from searche1_lite.cli.main import _confirmation; print(_confirmation(False)('downloading X takes 1 GB'))"
+    )
     terminal, other_end = os.openpty()
     os.write(terminal, f"{answer}\n".encode())
     ran = subprocess.run([sys.executable, "-c", program], stdin=other_end, stderr=other_end, stdout=subprocess.PIPE)
@@ -285,7 +287,7 @@ def test_eval_prints_one_json_object_and_nothing_else_on_stdout(desk: Path, tiny
 def test_a_gpu_that_fails_is_told_in_one_line(tmp_path: Path, error: str, message: str) -> None:
     program = f"""
 import torch
-from searche1_lite import cli
+from searche1_lite.cli import main as cli
 def fail(): raise {error}
 cli.app = fail
 cli.main()

@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from searche1_lite.benchmarks import load_questions
-from searche1_lite.checkpoint import RunFolder
-from searche1_lite.collapse import CollapseWatch, repetition, signs, step_figures, window_means
 from searche1_lite.config import CollapseConfig, Config, load_config
-from searche1_lite.evolve import run
-from searche1_lite.grpo import train_grpo
-from searche1_lite.loaded_run import Run
-from searche1_lite.search.base import Passage
-from searche1_lite.search.progress import SILENT
-from searche1_lite.trajectory import Question, Search, Trajectory, Turn
+from searche1_lite.data.questions import load_questions
+from searche1_lite.data.trajectory import Passage, Question, Search, Trajectory, Turn
+from searche1_lite.runtime.progress import SILENT
+from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.collapse import CollapseWatch, repetition, signs, step_figures, window_means
+from searche1_lite.train.grpo import train_grpo
+from searche1_lite.train.rounds import run
+from searche1_lite.train.session import Run
 
 HEALTHY = {
     "unanswered_rate": 0.05, "invalid_rate": 0.1, "no_search_rate": 0.2, "repetition": 0.1, "all_wrong_fraction": 0.4,

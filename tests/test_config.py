@@ -20,7 +20,7 @@ from searche1_lite.config import (
     parse_config,
     preset_names,
 )
-from searche1_lite.errors import UserError
+from searche1_lite.runtime.errors import UserError
 
 
 def write(path: Path, text: str) -> Path:

@@ -14,13 +14,13 @@ from peft import PeftModel
 from test_checkpoint import damage, summary_of, tree
 from transformers import TrainingArguments
 
-from searche1_lite.adapter import load_adapter_weights
-from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config
-from searche1_lite.errors import UserError
-from searche1_lite.sealed_folder import read_sealed, write_sealed
-from searche1_lite.stage_trainer import StepReporter
-from searche1_lite.training_state import ResumableTrainer, StageKeeper, saving_arguments, train
+from searche1_lite.policy.adapter import load_adapter_weights
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.sealed_folder import read_sealed, write_sealed
+from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.stage_trainer import StepReporter
+from searche1_lite.train.training_state import ResumableTrainer, StageKeeper, saving_arguments, train
 
 STAGE_FILES = {"adapter_model.safetensors", "adapter_config.json", "state.json"}
 STEP_FILES = STAGE_FILES | {

@@ -6,12 +6,10 @@ from dataclasses import asdict
 import pytest
 import torch
 from safetensors.torch import load_file
+from searche1_lite.cli.console import RichTasks
 from transformers import AutoConfig
 
-from searche1_lite.benchmarks import load_questions
-from searche1_lite.config import load_config
-from searche1_lite.console import RichTasks
-from searche1_lite.demo.build import (
+from examples.demo_policy.build import (
     METADATA_FILE,
     POLICY_FOLDER,
     BuildConfig,
@@ -21,15 +19,17 @@ from searche1_lite.demo.build import (
     pretrained_protocol,
     weighted_loss,
 )
-from searche1_lite.demo.habits import choose_by_habit, choose_well, play, write_episode
-from searche1_lite.demo.tokenizer import build_tokenizer
-from searche1_lite.demo.world import DEMO_WORLD_SEED, World
-from searche1_lite.evaluate import evaluate
-from searche1_lite.loaded_run import Run
-from searche1_lite.model import load_policy
-from searche1_lite.protocol import Protocol, parse_turn
+from examples.demo_policy.habits import choose_by_habit, choose_well, play, write_episode
+from examples.demo_policy.tokenizer import build_tokenizer
+from searche1_lite.config import load_config
+from searche1_lite.data.demo_world import DEMO_WORLD_SEED, World
+from searche1_lite.data.questions import load_questions
+from searche1_lite.policy.model import load_policy
+from searche1_lite.rollout.metrics import evaluate
+from searche1_lite.rollout.protocol import Protocol, parse_turn
+from searche1_lite.runtime.seeds import derive_seed
 from searche1_lite.search.catalog import open_retriever
-from searche1_lite.seeding import derive_seed
+from searche1_lite.train.session import Run
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def metadata() -> dict:
 
 
 def test_the_shipped_weights_were_made_by_this_build_configuration(metadata: dict) -> None:
-    assert metadata["build"] == asdict(BuildConfig()), "rebuild it: python -m searche1_lite.demo.build"
+    assert metadata["build"] == asdict(BuildConfig()), "rebuild it: python -m examples.demo_policy.build"
     assert metadata["protocol"] == pretrained_protocol(), "the demo preset's protocol changed: rebuild it"
     assert metadata["steps_done"] == BuildConfig().steps and metadata["seconds"] > 0
 

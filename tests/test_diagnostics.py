@@ -8,10 +8,10 @@ from distillation import TEMPERATURE, completion_logits, dense_loss, make_pairs
 from peft import PeftModel
 
 from searche1_lite.config import Config, EngineConfig, OFSDStageConfig
-from searche1_lite.diagnostics import token_kl, token_pieces, watch
-from searche1_lite.pairs import Pair, teacher_prompts
-from searche1_lite.protocol import Protocol
-from searche1_lite.trajectory import Trajectory
+from searche1_lite.data.trajectory import Trajectory
+from searche1_lite.rollout.protocol import Protocol
+from searche1_lite.train.diagnostics import token_kl, token_pieces, watch
+from searche1_lite.train.pairs import Pair, teacher_prompts
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from conftest import fresh_policy
 from peft import PeftModel
 from test_checkpoint import summary_of
 
-from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, load_config
+from searche1_lite.train.checkpoint import RunFolder
 
 FULL = "no space left on the disk"
 

@@ -17,15 +17,16 @@ import pytest
 import torch
 from conftest import adapter_weights, all_equal, fresh_policy
 from safetensors.torch import load_file
+from searche1_lite.cli.console import RichTasks
 from transformers import TrainerState
 
-from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import load_config
-from searche1_lite.console import RichTasks
-from searche1_lite.distributed import check_share, share
-from searche1_lite.errors import UserError
-from searche1_lite.evolve import run
-from searche1_lite.training_state import StageKeeper, train
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.ranks import share
+from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.processes import check_share
+from searche1_lite.train.rounds import run
+from searche1_lite.train.training_state import StageKeeper, train
 
 SETTINGS = [
     "rounds=1",
@@ -52,12 +53,12 @@ from pathlib import Path
 
 import pytest, torch
 from searche1_lite.config import Config
-from searche1_lite.distributed import (
-    agreeing, average_gradients, check_alike, from_first, gather, is_first, join, leave, one_first, rank,
-)
-from searche1_lite.errors import UserError
-from searche1_lite.guard import UpdateGuard
-from searche1_lite.interrupt import Interrupted, Stop
+from searche1_lite.runtime.ranks import agreeing, average_gradients, check_alike, from_first, gather, is_first, leave
+from searche1_lite.runtime.ranks import one_first, rank
+from searche1_lite.train.processes import join
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.train.update_guard import UpdateGuard
+from searche1_lite.runtime.interrupt import Interrupted, Stop
 
 join(Config())
 assert gather([rank()]) == [0, 1]
@@ -256,8 +257,8 @@ def test_what_could_come_out_differently_is_agreed_upon(tmp_path: Path, monkeypa
 
 LATE = """
 import sys, time
-from searche1_lite.cli import main
-from searche1_lite.distributed import rank
+from searche1_lite.cli.main import main
+from searche1_lite.runtime.ranks import rank
 
 if rank() == 0:
     time.sleep(4)
@@ -292,13 +293,13 @@ def test_vllm_in_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -
 REWARD = """
 import sys
 import searche1_lite as s1
-from searche1_lite.distributed import rank
+from searche1_lite.runtime.ranks import rank
 
 def picky(trajectory):
     return float("nan") if rank() == 1 else 0.0
 
 s1.quieten()
-s1.train(s1.load_config("demo", overrides=sys.argv[2:]), sys.argv[1], reward=picky)
+s1.train_policy(s1.load_config("demo", overrides=sys.argv[2:]), sys.argv[1], reward=picky)
 """
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import dense_divergence
 
-from searche1_lite import divergence as divergence_module
-from searche1_lite.divergence import divergence, try_losses
-from searche1_lite.errors import UserError
+from searche1_lite.policy import divergence as divergence_module
+from searche1_lite.policy.divergence import divergence, try_losses
+from searche1_lite.runtime.errors import UserError
 
 VOCABULARY, WIDTH = 150, 24
 

@@ -11,21 +11,21 @@ import pytest
 import torch
 from hub_server import HubServer
 from rich.console import Console
+from searche1_lite.cli.console import doctor_tables
 
+from searche1_lite.bench.doctor import CUDA_RESERVE, GIB, _memory, advise, examine, model_shape
 from searche1_lite.config import Config, load_config
-from searche1_lite.console import doctor_tables
-from searche1_lite.doctor import CUDA_RESERVE, GIB, _memory, advise, examine, model_shape
-from searche1_lite.memory import MemoryPlan, plan_memory
+from searche1_lite.policy.memory import MemoryPlan, plan_memory
 
 CHECKS = ["packages", "Java", "GPU", "bitsandbytes", "kernels", "disk", "hub", "search"]
 SMALL = ["engine.batch_size=4", "grpo.micro_batch_tokens=896", "ofsd.micro_batch_tokens=896"]
 
 EXAMINE = """
 import json, sys
-from searche1_lite.quiet import quieten
+from searche1_lite.runtime.quiet import quieten
 quieten()
 from searche1_lite.config import load_config
-from searche1_lite.doctor import examine
+from searche1_lite.bench.doctor import examine
 for overrides in json.loads(sys.argv[1]):
     print(json.dumps(examine(load_config("demo", None, overrides))))
 """

@@ -13,13 +13,13 @@ import torch
 from conftest import byte_level_tokenizer, fresh_policy, tiny_config
 from transformers import MistralConfig, MistralForCausalLM, Qwen2ForCausalLM
 
-from searche1_lite import engine
-from searche1_lite import model as model_module
 from searche1_lite.config import EngineConfig, ModelConfig
-from searche1_lite.engine import CAPTURE_AFTER, Decoder, UniformStream, _Graphs, pick_tokens
-from searche1_lite.model import load_policy, shadow_weights
-from searche1_lite.onednn import OneDnnLinear
-from searche1_lite.seeding import derive_seed
+from searche1_lite.policy import engine
+from searche1_lite.policy import model as model_module
+from searche1_lite.policy.engine import CAPTURE_AFTER, Decoder, UniformStream, _Graphs, pick_tokens
+from searche1_lite.policy.model import load_policy, shadow_weights
+from searche1_lite.policy.onednn import OneDnnLinear
+from searche1_lite.runtime.seeds import derive_seed
 
 
 def fresh_logits(model, ids: list[int]) -> torch.Tensor:

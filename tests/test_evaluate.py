@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from searche1_lite.evaluate import Outcome, bootstrap_ci95, evaluate, holds_gold, outcome, summarize
-from searche1_lite.search.base import Passage
-from searche1_lite.trajectory import Question, Search, Trajectory, Turn
+from searche1_lite.data.trajectory import Passage, Question, Search, Trajectory, Turn
+from searche1_lite.rollout.metrics import Outcome, bootstrap_ci95, evaluate, holds_gold, outcome, summarize
 
 
 def episode(

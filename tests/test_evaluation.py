@@ -14,15 +14,15 @@ import pytest
 import yaml
 from hub_server import HubServer
 
-from searche1_lite.benchmarks import PUBLIC_SETS, SEVEN_SETS, load_questions, order_by_data_set
 from searche1_lite.config import Config, load_config
-from searche1_lite.errors import UserError
-from searche1_lite.evaluate import evaluate
-from searche1_lite.evaluation import BATCHES_AT_ONCE, run_evaluation
-from searche1_lite.evaluation_folder import EvaluationFolder, describe
-from searche1_lite.loaded_run import Run
-from searche1_lite.search.progress import SILENT
-from searche1_lite.trajectory import Question, Trajectory
+from searche1_lite.data.questions import PUBLIC_SETS, SEVEN_SETS, load_questions, order_by_data_set
+from searche1_lite.data.trajectory import Question, Trajectory
+from searche1_lite.evaluate.evaluation import BATCHES_AT_ONCE, run_evaluation
+from searche1_lite.evaluate.evaluation_folder import EvaluationFolder, describe
+from searche1_lite.rollout.metrics import evaluate
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.progress import SILENT
+from searche1_lite.train.session import Run
 
 BATCH = 4
 SETTINGS = [f"engine.batch_size={BATCH}", "seed=3"]
@@ -152,7 +152,8 @@ def test_an_interruption_costs_no_more_than_what_was_answered_at_once(work: Run,
 
 ENDED = """
 import os, signal, sys
-from searche1_lite import cli, console
+from searche1_lite.cli import main as cli
+from searche1_lite.cli import console
 class Ended(console.RichTasks):
     answered = 0
     def task(self, name, total):
@@ -200,7 +201,7 @@ def test_a_finished_evaluation_prints_its_table_again_without_the_model(desk: Pa
     before = {path.name: path.read_bytes() for path in (desk / "whole").iterdir()}
     program = """
 import sys
-from searche1_lite.cli import app
+from searche1_lite.cli.main import app
 try:
     app()
 finally:

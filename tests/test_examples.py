@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from searche1_lite.benchmarks import check_disjoint, load_questions
-from searche1_lite.reward import normalize_answer
+from searche1_lite.data.questions import check_disjoint, load_questions
+from searche1_lite.rollout.reward import normalize_answer
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

@@ -19,16 +19,18 @@ from conftest import fresh_policy
 from hub_server import HubServer
 from peft import PeftModel
 from safetensors.torch import load_file
+from searche1_lite.cli.console import RichTasks
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from searche1_lite.adapter import save_adapter
-from searche1_lite.benchmarks import load_questions
-from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, dump_config, load_config
-from searche1_lite.console import RichTasks
-from searche1_lite.errors import UserError
-from searche1_lite.evolve import run
-from searche1_lite.export import (
+from searche1_lite.data.questions import load_questions
+from searche1_lite.data.trajectory import Question, Trajectory
+from searche1_lite.policy.adapter import save_adapter
+from searche1_lite.policy.merge import merge, save_merged
+from searche1_lite.policy.model import load_policy, resolve_model
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.progress import SILENT
+from searche1_lite.serve.export import (
     RUN_CONFIG,
     RUN_SUMMARY,
     export_policy,
@@ -36,11 +38,9 @@ from searche1_lite.export import (
     summary_without_folders,
     without_folders,
 )
-from searche1_lite.loaded_run import Run
-from searche1_lite.merge import merge, save_merged
-from searche1_lite.model import load_policy, resolve_model
-from searche1_lite.search.progress import SILENT
-from searche1_lite.trajectory import Question, Trajectory
+from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.rounds import run
+from searche1_lite.train.session import Run
 
 SETTINGS = [
     "rounds=1",
@@ -419,7 +419,7 @@ def test_an_interrupted_export_leaves_nothing(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("searche1_lite.merge.save_merged", interrupted)
+    monkeypatch.setattr("searche1_lite.policy.merge.save_merged", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_policy(run_folder, tmp_path / "out", merge=True, say=lambda line: None)
     assert os.listdir(tmp_path) == []

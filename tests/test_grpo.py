@@ -25,23 +25,22 @@ from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from searche1_lite import grpo, stage_trainer
-from searche1_lite import model as model_module
-from searche1_lite.adapter import keep_adapter_fp32, save_adapter
 from searche1_lite.config import Config, EngineConfig, GRPOStageConfig, ModelConfig, OFSDStageConfig
-from searche1_lite.engine import Decoder
-from searche1_lite.errors import UserError
-from searche1_lite.grpo import RolloutGRPOTrainer, earned_reward, question_order, train_grpo
-from searche1_lite.interrupt import Stop
-from searche1_lite.logprobs import token_logprobs
-from searche1_lite.model import load_policy
-from searche1_lite.ofsd import train_ofsd
-from searche1_lite.pairs import select_pairs
-from searche1_lite.protocol import Protocol
-from searche1_lite.rollout import rollout
-from searche1_lite.search.base import Passage
-from searche1_lite.stage_trainer import trainer_arguments
-from searche1_lite.trajectory import Question, Trajectory
+from searche1_lite.data.trajectory import Passage, Question, Trajectory
+from searche1_lite.policy import model as model_module
+from searche1_lite.policy.adapter import keep_adapter_fp32, save_adapter
+from searche1_lite.policy.engine import Decoder
+from searche1_lite.policy.logprobs import token_logprobs
+from searche1_lite.policy.model import load_policy
+from searche1_lite.rollout.protocol import Protocol
+from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.interrupt import Stop
+from searche1_lite.train import grpo, stage_trainer
+from searche1_lite.train.grpo import RolloutGRPOTrainer, earned_reward, question_order, train_grpo
+from searche1_lite.train.ofsd import train_ofsd
+from searche1_lite.train.pairs import select_pairs
+from searche1_lite.train.stage_trainer import trainer_arguments
 
 QUESTIONS = [Question(name, f"What about {name}?", ["Peru"]) for name in ("rivers", "a sea", "hills", "towns", "rain")]
 KEYS = {

@@ -16,20 +16,19 @@ from peft import PeftModel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import PreTrainedTokenizerBase
 
-from searche1_lite import rollout as rollout_module
-from searche1_lite.benchmarks import load_questions
-from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, EngineConfig, GRPOStageConfig, OFSDStageConfig, load_config
-from searche1_lite.errors import UserError
-from searche1_lite.evolve import run
-from searche1_lite.grpo import RolloutGRPOTrainer, train_grpo
-from searche1_lite.guard import UpdateGuard
-from searche1_lite.ofsd import train_ofsd
-from searche1_lite.protocol import Protocol
-from searche1_lite.search.base import Passage
-from searche1_lite.search.progress import SILENT
-from searche1_lite.training_state import Resumed, StageKeeper
-from searche1_lite.trajectory import Question, Trajectory
+from searche1_lite.data.questions import load_questions
+from searche1_lite.data.trajectory import Passage, Question, Trajectory
+from searche1_lite.rollout import scheduler as rollout_module
+from searche1_lite.rollout.protocol import Protocol
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.progress import SILENT
+from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.grpo import RolloutGRPOTrainer, train_grpo
+from searche1_lite.train.ofsd import train_ofsd
+from searche1_lite.train.rounds import run
+from searche1_lite.train.training_state import Resumed, StageKeeper
+from searche1_lite.train.update_guard import UpdateGuard
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
 State = dict[str, torch.Tensor]

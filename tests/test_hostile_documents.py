@@ -19,20 +19,19 @@ from hostile_tokenizers import OTHERS, gemma_like, llama2_like, unflagged_like
 from test_qwen_tokenizer import ranks, tokenizer_folder  # noqa: F401  (Qwen's tokenizer, built once a session)
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
+from examples.demo_policy.tokenizer import build_tokenizer
 from searche1_lite.config import EngineConfig, load_config
-from searche1_lite.demo.tokenizer import build_tokenizer
-from searche1_lite.engine import SampledTurn
-from searche1_lite.episode import Episode
-from searche1_lite.errors import UserError
-from searche1_lite.model import load_policy
-from searche1_lite.protocol import TAGS, Protocol, escape
-from searche1_lite.rollout import rollout
-from searche1_lite.search.base import Passage
+from searche1_lite.data.trajectory import Passage, Question, Trajectory
+from searche1_lite.policy.engine import SampledTurn
+from searche1_lite.policy.model import load_policy
+from searche1_lite.rollout.episode import Episode
+from searche1_lite.rollout.protocol import TAGS, Protocol, escape
+from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.runtime.errors import UserError
 from searche1_lite.search.bm25 import BM25Retriever
 from searche1_lite.search.corpus import check_corpus, read_passages
 from searche1_lite.search.folder import folder_passages
 from searche1_lite.search.index import build_index
-from searche1_lite.trajectory import Question, Trajectory
 
 NAMES = ("demo", "byte_level", "qwen", "smollm2", *OTHERS)
 BUDGET = 60

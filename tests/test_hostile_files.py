@@ -9,19 +9,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report_run import write_run
 
-from searche1_lite.benchmarks import load_questions
 from searche1_lite.config import Config, ModelConfig, SearchConfig, load_config
-from searche1_lite.errors import UserError
-from searche1_lite.jsonl import MAX_LINE, JsonFault, parse_json
-from searche1_lite.model import resolve_model
+from searche1_lite.data.questions import load_questions
+from searche1_lite.evaluate.sweep.plan import load_plan
+from searche1_lite.policy.model import resolve_model
 from searche1_lite.report import build_report, write_report
 from searche1_lite.report.record import read_run
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.jsonl import MAX_LINE, JsonFault, parse_json
 from searche1_lite.search.bm25 import BM25Retriever
 from searche1_lite.search.catalog import open_retriever
 from searche1_lite.search.corpus import check_corpus
 from searche1_lite.search.index import build_index
 from searche1_lite.search.store import JsonlStore
-from searche1_lite.sweep.plan import load_plan
 
 PATHS = [
     "../up",

@@ -24,15 +24,15 @@ from faulty_server import (
 )
 
 from searche1_lite.config import EngineConfig, SearchConfig, load_config
-from searche1_lite.errors import UserError
-from searche1_lite.evaluate import evaluate
-from searche1_lite.protocol import Protocol
-from searche1_lite.rollout import rollout
+from searche1_lite.data.trajectory import FailedSearch, Passage, Question, Search, Trajectory
+from searche1_lite.rollout.metrics import evaluate
+from searche1_lite.rollout.protocol import Protocol
+from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.runtime.errors import UserError
 from searche1_lite.search import http
-from searche1_lite.search.base import FailedSearch, Passage, Retriever
+from searche1_lite.search.base import Retriever
 from searche1_lite.search.catalog import describe_source, open_retriever
 from searche1_lite.search.http import HTTPRetriever, pause_before
-from searche1_lite.trajectory import Question, Search, Trajectory
 
 
 @pytest.fixture(autouse=True)
@@ -430,7 +430,15 @@ def test_with_stop_the_run_ends_with_one_line(talking_policy_folder: Path, serve
 
 def test_an_evaluation_that_a_server_stopped_goes_on_or_counts_what_failed(tmp_path: Path) -> None:
     config = load_config("demo")
-    command = [sys.executable, "-c", "from searche1_lite.cli import main; main()", "eval", "--preset", "demo", "--json"]
+    command = [
+        sys.executable,
+        "-c",
+        "from searche1_lite.cli.main import main; main()",
+        "eval",
+        "--preset",
+        "demo",
+        "--json",
+    ]
 
     def evaluate_over(server: FaultyServer, out: str, *more: str) -> "subprocess.CompletedProcess[str]":
         asked = ["--data", "demo:dev", "--limit", "16", "--out", str(tmp_path / out), "engine.batch_size=1"]

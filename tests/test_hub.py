@@ -19,8 +19,8 @@ BIG = 12 * 2**20
 
 FETCH = """
 import json, sys
-from searche1_lite.errors import UserError
-from searche1_lite.hub import download_file, download_folder
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.hub import download_file, download_folder
 for call in json.loads(sys.argv[1]):
     fetch = download_folder if "patterns" in call else download_file
     try:
@@ -31,11 +31,11 @@ for call in json.loads(sys.argv[1]):
 
 LOAD = """
 import json, sys
-from searche1_lite.quiet import quieten
+from searche1_lite.runtime.quiet import quieten
 quieten()  # as the commands do, before anything heavy is imported
 from searche1_lite.config import ModelConfig
-from searche1_lite.errors import UserError
-from searche1_lite.model import load_policy
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.policy.model import load_policy
 for name in json.loads(sys.argv[1]):
     try:
         model, tokenizer = load_policy(ModelConfig(name=name, lora_rank=4), seed=0)

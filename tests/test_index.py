@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from searche1_lite.errors import UserError
-from searche1_lite.search.base import Passage
+from searche1_lite.data.trajectory import Passage
+from searche1_lite.runtime.errors import UserError
 from searche1_lite.search.bm25 import BM25Retriever
 from searche1_lite.search.corpus import MAX_LINE, check_corpus
 from searche1_lite.search.folder import split_text

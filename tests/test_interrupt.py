@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from searche1_lite import interrupt
-from searche1_lite.interrupt import Interrupted, Stop
+from searche1_lite.runtime import interrupt
+from searche1_lite.runtime.interrupt import Interrupted, Stop
 
 
 def test_a_signal_is_noted_and_obeyed_when_it_is_asked_for() -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import Qwen3NextConfig
 
-from searche1_lite.errors import UserError
-from searche1_lite.kv_cache import SlotCache, grouped_attention
+from searche1_lite.policy.kv_cache import SlotCache, grouped_attention
+from searche1_lite.runtime.errors import UserError
 
 
 def test_attention_over_shared_keys_is_that_over_copies_of_them() -> None:

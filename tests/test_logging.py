@@ -17,16 +17,16 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
+from searche1_lite.cli.console import RichTasks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, LoggingConfig, dump_config, load_config
-from searche1_lite.console import RichTasks
-from searche1_lite.errors import UserError
-from searche1_lite.samples import choose_samples, is_due, sample_table
-from searche1_lite.search.base import Passage
-from searche1_lite.terminal import one_line
-from searche1_lite.tracking import (
+from searche1_lite.data.trajectory import Passage, Question, Search, Trajectory, Turn
+from searche1_lite.rollout.samples import choose_samples, is_due, sample_table
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.terminal import one_line
+from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.tracking import (
     Tracked,
     _closing,
     check_trackers,
@@ -34,7 +34,6 @@ from searche1_lite.tracking import (
     report_evaluations,
     reporting_arguments,
 )
-from searche1_lite.trajectory import Question, Search, Trajectory, Turn
 
 SETTINGS = [
     "rounds=1", "grpo.steps=2", "grpo.questions_per_step=4", "grpo.micro_batch_tokens=2000", "ofsd.questions=24",
@@ -94,7 +93,7 @@ def test_a_tracker_that_is_not_known_is_refused_with_the_ones_that_are(text: str
 def test_a_missing_package_is_refused_by_its_extra_before_anything_is_loaded_or_written(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['trackio'] = None\n"  # as where it is not installed
-        "from searche1_lite.cli import main\n"
+        "from searche1_lite.cli.main import main\n"
         "try: main()\n"
         "finally: print('torch' in sys.modules)"
     )

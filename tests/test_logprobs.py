@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from searche1_lite import divergence as divergence_module
-from searche1_lite import logprobs
-from searche1_lite.divergence import divergence
-from searche1_lite.logprobs import completion_hidden, token_logprobs
+from searche1_lite.policy import divergence as divergence_module
+from searche1_lite.policy import logprobs
+from searche1_lite.policy.divergence import divergence
+from searche1_lite.policy.logprobs import completion_hidden, token_logprobs
 
 
 def head_and_states(count: int) -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]:

@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, PretrainedConfig, Qwen2Config
 from trl.kernels import chunked_divergence, chunked_logprob
 
-from searche1_lite import memory
+from searche1_lite.bench.doctor import _KNOWN_SHAPES, CUDA_RESERVE, GIB, model_shape
 from searche1_lite.config import DEFAULT_PRESETS, Config, ModelConfig, load_config
-from searche1_lite.doctor import _KNOWN_SHAPES, CUDA_RESERVE, GIB, model_shape
-from searche1_lite.memory import (
+from searche1_lite.policy import memory
+from searche1_lite.policy.memory import (
     MemoryPlan,
     StorageCounter,
     _decode_pass,
@@ -30,7 +30,7 @@ from searche1_lite.memory import (
     nf4_bytes,
     plan_memory,
 )
-from searche1_lite.model import load_policy
+from searche1_lite.policy.model import load_policy
 
 STAGES = ["rollout", "GRPO step", "OFSD step"]
 PASSES = {

@@ -6,12 +6,11 @@ import pytest
 from conftest import ShelfRetriever, byte_level_tokenizer, fresh_policy, tiny_protocol_config
 
 from searche1_lite.config import Config, EngineConfig
-from searche1_lite.errors import UserError
-from searche1_lite.methods import ask_by, check_questions, method_settings, parse_method, retriever_for
-from searche1_lite.protocol import Protocol
-from searche1_lite.rollout import rollout
-from searche1_lite.search.base import Passage
-from searche1_lite.trajectory import Question, Search, Trajectory
+from searche1_lite.data.trajectory import Passage, Question, Search, Trajectory
+from searche1_lite.evaluate.baselines import ask_by, check_questions, method_settings, parse_method, retriever_for
+from searche1_lite.rollout.protocol import Protocol
+from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.runtime.errors import UserError
 
 TEMPLATES = {
     "direct_template": "Direct: {question}",

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searche1_lite.microbatch import fullest, micro_batches
+from searche1_lite.policy.microbatch import fullest, micro_batches
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 

@@ -11,8 +11,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from searche1_lite import model as model_module
-from searche1_lite.adapter import (
+from searche1_lite.config import ModelConfig
+from searche1_lite.policy import model as model_module
+from searche1_lite.policy.adapter import (
     adapter_digest,
     drop_adapter,
     load_adapter_weights,
@@ -20,11 +21,10 @@ from searche1_lite.adapter import (
     snapshot_adapter,
     use_adapter,
 )
-from searche1_lite.config import ModelConfig
-from searche1_lite.errors import UserError
-from searche1_lite.loaded_run import is_crowded
-from searche1_lite.model import load_policy, resolve_model, shadow_bytes, shadow_weights
-from searche1_lite.onednn import OneDnnLinear
+from searche1_lite.policy.model import load_policy, resolve_model, shadow_bytes, shadow_weights
+from searche1_lite.policy.onednn import OneDnnLinear
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.train.session import is_crowded
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])

@@ -23,12 +23,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from searche1_lite.config import Config, EngineConfig, OFSDStageConfig
-from searche1_lite.ofsd import train_ofsd, trained_tokens
-from searche1_lite.pairs import Pair, teacher_prompts
-from searche1_lite.protocol import Protocol
-from searche1_lite.rollout import rollout
-from searche1_lite.search.base import Passage
-from searche1_lite.trajectory import Turn
+from searche1_lite.data.trajectory import Passage, Turn
+from searche1_lite.rollout.protocol import Protocol
+from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.train.ofsd import train_ofsd, trained_tokens
+from searche1_lite.train.pairs import Pair, teacher_prompts
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
 

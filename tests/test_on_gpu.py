@@ -26,21 +26,22 @@ from peft import PeftModel
 from test_shrinking import QUESTIONS, Stage
 from transformers import PreTrainedTokenizerBase
 
-from searche1_lite import engine, stage_trainer
-from searche1_lite import model as model_module
 from searche1_lite.config import Config, EngineConfig, GRPOStageConfig, OFSDStageConfig
-from searche1_lite.divergence import divergence
-from searche1_lite.engine import Decoder, UniformStream
-from searche1_lite.errors import UserError
-from searche1_lite.grpo import train_grpo
-from searche1_lite.logprobs import token_logprobs
-from searche1_lite.model import shadow_weights
-from searche1_lite.ofsd import train_ofsd
-from searche1_lite.protocol import Protocol
-from searche1_lite.rollout import rollout
-from searche1_lite.seeding import derive_seed
-from searche1_lite.shrinking import Limit
-from searche1_lite.trajectory import Trajectory
+from searche1_lite.data.trajectory import Trajectory
+from searche1_lite.policy import engine
+from searche1_lite.policy import model as model_module
+from searche1_lite.policy.divergence import divergence
+from searche1_lite.policy.engine import Decoder, UniformStream
+from searche1_lite.policy.logprobs import token_logprobs
+from searche1_lite.policy.model import shadow_weights
+from searche1_lite.policy.shrinking import Limit
+from searche1_lite.rollout.protocol import Protocol
+from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.seeds import derive_seed
+from searche1_lite.train import stage_trainer
+from searche1_lite.train.grpo import train_grpo
+from searche1_lite.train.ofsd import train_ofsd
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

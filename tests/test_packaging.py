@@ -14,10 +14,10 @@ from typing import get_args
 import pytest
 
 import searche1_lite
-from searche1_lite.arguments import offer_methods, offer_parts, offer_presets
 from searche1_lite.bench import PARTS
+from searche1_lite.cli.arguments import offer_methods, offer_parts, offer_presets
 from searche1_lite.config import preset_names
-from searche1_lite.methods import Method
+from searche1_lite.evaluate.baselines import Method
 
 ROOT = Path(__file__).parent.parent
 TOP_LEVEL = [
@@ -104,7 +104,7 @@ def test_the_version_is_written_in_one_place() -> None:
 def offered(folder: Path, line: str) -> list[str]:
     """What Tab offers in bash after `line`."""
     words = line.split(" ")
-    program = "import sys; sys.argv[0] = 'searche1-lite'; from searche1_lite.cli import main; main()"
+    program = "import sys; sys.argv[0] = 'searche1-lite'; from searche1_lite.cli.main import main; main()"
     asked = {
         "_SEARCHE1_LITE_COMPLETE": "complete_bash",
         "COMP_WORDS": line,

@@ -2,8 +2,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from searche1_lite.pairs import select_pairs
-from searche1_lite.trajectory import Question, Search, Trajectory
+from searche1_lite.data.trajectory import Question, Search, Trajectory
+from searche1_lite.train.pairs import select_pairs
 
 
 def rolled(

@@ -3,9 +3,8 @@
 import pytest
 from conftest import byte_level_tokenizer, tiny_protocol_config
 
-from searche1_lite.protocol import Action, Protocol, parse_turn
-from searche1_lite.search.base import Passage
-from searche1_lite.trajectory import Question, Trajectory
+from searche1_lite.data.trajectory import Passage, Question, Trajectory
+from searche1_lite.rollout.protocol import Action, Protocol, parse_turn
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from hostile_tokenizers import gemma_like, llama2_like, unflagged_like
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from searche1_lite.protocol import STOP_TAGS, TAGS, Protocol, escape, last_block, parse_turn
-from searche1_lite.reward import exact_match, extract_answer, f1_score, normalize_answer, plain_words
-from searche1_lite.search.base import Passage
+from searche1_lite.data.trajectory import Passage
+from searche1_lite.policy.stopping import STOP_TAGS
+from searche1_lite.rollout.protocol import TAGS, Protocol, escape, last_block, parse_turn
+from searche1_lite.rollout.reward import exact_match, extract_answer, f1_score, normalize_answer, plain_words
 
 PROTOCOLS = [
     Protocol(make(), tiny_protocol_config(max_document_tokens=50))

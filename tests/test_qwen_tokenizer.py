@@ -23,18 +23,17 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-import searche1_lite.engine
+import searche1_lite.policy.engine
 from searche1_lite.config import Config, EngineConfig, GRPOStageConfig, ModelConfig, OFSDStageConfig
-from searche1_lite.engine import Decoder, SampledTurn
-from searche1_lite.grpo import train_grpo
-from searche1_lite.model import load_policy
-from searche1_lite.ofsd import train_ofsd, training_rows
-from searche1_lite.pairs import Pair, select_pairs
-from searche1_lite.protocol import Protocol, parse_turn
-from searche1_lite.rollout import rollout
-from searche1_lite.search.base import Passage
-from searche1_lite.stopping import end_ids
-from searche1_lite.trajectory import Question, Trajectory
+from searche1_lite.data.trajectory import Passage, Question, Trajectory
+from searche1_lite.policy.engine import Decoder, SampledTurn
+from searche1_lite.policy.model import load_policy
+from searche1_lite.policy.stopping import end_ids
+from searche1_lite.rollout.protocol import Protocol, parse_turn
+from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.train.grpo import train_grpo
+from searche1_lite.train.ofsd import train_ofsd, training_rows
+from searche1_lite.train.pairs import Pair, select_pairs
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
 
@@ -307,7 +306,9 @@ def written(policy: Policy, monkeypatch: pytest.MonkeyPatch, rows: Sequence[Sequ
     model, tokenizer = policy
     width = max(map(len, rows))
     columns = iter(torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]).T)
-    monkeypatch.setattr(searche1_lite.engine, "pick_tokens", lambda logits, *_: (next(columns)[: len(logits)], None))
+    monkeypatch.setattr(
+        searche1_lite.policy.engine, "pick_tokens", lambda logits, *_: (next(columns)[: len(logits)], None)
+    )
     decoder = Decoder(model, tokenizer, len(rows), width + 1, greedy=True)
     for slot, row in enumerate(rows):
         decoder.begin(slot, tokenizer.encode("Q")[0], len(row), None)
@@ -410,14 +411,14 @@ def test_stored_ids_are_the_sampled_and_inserted_ones_and_ids_without_a_token_ha
     policy: Policy, shelf: ShelfRetriever, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampled: list[list[int]] = []
-    pick = searche1_lite.engine.pick_tokens
+    pick = searche1_lite.policy.engine.pick_tokens
 
     def spy(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, logprobs = pick(*args)
         sampled.append(tokens.tolist())
         return tokens, logprobs
 
-    monkeypatch.setattr(searche1_lite.engine, "pick_tokens", spy)
+    monkeypatch.setattr(searche1_lite.policy.engine, "pick_tokens", spy)
     model, tokenizer = policy
     protocol = Protocol(tokenizer, tiny_protocol_config())
     replied: set[str] = set()

@@ -23,9 +23,9 @@ from xml.etree import ElementTree
 import pytest
 import typer
 
-from searche1_lite.cli import app
+from searche1_lite.cli.main import app
 from searche1_lite.config import load_config, preset_names
-from searche1_lite.sweep.plan import load_plan
+from searche1_lite.evaluate.sweep.plan import load_plan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,7 +61,7 @@ ELSEWHERE = {
 }
 BY_HAND = {
     "python tests/soak/": "minutes of faults, on a machine that has nothing else to do",
-    "python -m searche1_lite.demo.build": "takes 13 minutes",
+    "python -m examples.demo_policy.build": "takes 13 minutes",
     "source .venv/bin/activate": "make demo has made it",
     "python3.11 -m venv vllm-env": "an environment of 4.5 GB",
     "vllm-env/bin/": "vLLM has an environment of its own",

@@ -15,13 +15,13 @@ import pytest
 from report_run import STAGES, Texts, is_right, rollouts, token_kl, trajectory, write_lines, write_run, write_sweep
 
 from searche1_lite.config import dump_config, load_config
-from searche1_lite.errors import UserError
 from searche1_lite.report import build_report, write_report
 from searche1_lite.report.escaping import escape, script_json, visible
 from searche1_lite.report.record import read_run
 from searche1_lite.report.run_charts import grouped
 from searche1_lite.report.svg import draw
 from searche1_lite.report.trajectories import parts_of, read_trajectories, stage_order
+from searche1_lite.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

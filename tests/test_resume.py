@@ -17,14 +17,14 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from searche1_lite.cli.console import RichTasks
 
-from searche1_lite import loaded_run
-from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, load_config
-from searche1_lite.console import RichTasks
-from searche1_lite.evolve import run
-from searche1_lite.interrupt import Interrupted, Stop
-from searche1_lite.reward import Written, exact_match
+from searche1_lite.rollout.reward import Written, exact_match
+from searche1_lite.runtime.interrupt import Interrupted, Stop
+from searche1_lite.train import session as loaded_run
+from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.rounds import run
 
 SETTINGS = [
     "rounds=1",

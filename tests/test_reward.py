@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from searche1_lite.reward import exact_match, extract_answer, f1_score, normalize_answer
+from searche1_lite.rollout.reward import exact_match, extract_answer, f1_score, normalize_answer
 
 
 @pytest.mark.parametrize(

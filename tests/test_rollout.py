@@ -16,17 +16,16 @@ from conftest import ShelfRetriever, byte_level_tokenizer, fresh_policy, tiny_pr
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from searche1_lite import engine
-from searche1_lite import rollout as rollout_module
 from searche1_lite.config import EngineConfig
-from searche1_lite.engine import SampledTurn
-from searche1_lite.episode import Episode
-from searche1_lite.errors import UserError
-from searche1_lite.protocol import Protocol
-from searche1_lite.rollout import Play, RolloutTimes, rollout
-from searche1_lite.search.base import Passage
-from searche1_lite.stopping import end_ids
-from searche1_lite.trajectory import Question, Trajectory
+from searche1_lite.data.trajectory import Passage, Question, Trajectory
+from searche1_lite.policy import engine
+from searche1_lite.policy.engine import SampledTurn
+from searche1_lite.policy.stopping import end_ids
+from searche1_lite.rollout import scheduler as rollout_module
+from searche1_lite.rollout.episode import Episode
+from searche1_lite.rollout.protocol import Protocol
+from searche1_lite.rollout.scheduler import Play, RolloutTimes, rollout
+from searche1_lite.runtime.errors import UserError
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
 

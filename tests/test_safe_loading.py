@@ -19,16 +19,16 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import searche1_lite
-from searche1_lite.adapter import load_adapter_weights, save_adapter
-from searche1_lite.checkpoint import RunFolder
+from searche1_lite.bench.doctor import model_shape
 from searche1_lite.config import Config, ModelConfig, load_config
-from searche1_lite.doctor import model_shape
-from searche1_lite.errors import UserError
-from searche1_lite.model import load_policy
+from searche1_lite.policy.adapter import load_adapter_weights, save_adapter
+from searche1_lite.policy.model import load_policy
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.yaml_file import parse_yaml, read_yaml
 from searche1_lite.search.bm25 import BM25Retriever
 from searche1_lite.search.download import unpack
 from searche1_lite.search.store import JsonlStore
-from searche1_lite.yaml_file import parse_yaml, read_yaml
+from searche1_lite.train.checkpoint import RunFolder
 
 PICKLES = (
     "adapter_model.bin",

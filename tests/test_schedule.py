@@ -3,7 +3,7 @@ import time
 import pytest
 
 from searche1_lite.config import Config, load_config
-from searche1_lite.schedule import best_stage, next_stage
+from searche1_lite.train.schedule import best_stage, next_stage
 
 
 def configured(*settings: str) -> Config:

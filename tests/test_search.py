@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from searche1_lite.errors import UserError
+from searche1_lite.runtime.errors import UserError
 from searche1_lite.search.bm25 import BM25Retriever
 from searche1_lite.search.index import build_index, ensure_index
 

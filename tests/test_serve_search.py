@@ -16,18 +16,18 @@ from conftest import ShelfRetriever
 from search_server import RunningServer, children, refused, serve_search
 
 from searche1_lite.config import load_config
-from searche1_lite.demo.world import load_demo_questions
-from searche1_lite.errors import UserError
-from searche1_lite.model import load_policy
-from searche1_lite.protocol import Protocol
-from searche1_lite.rollout import rollout
-from searche1_lite.search.base import Passage
+from searche1_lite.data.demo_world import load_demo_questions
+from searche1_lite.data.trajectory import Passage
+from searche1_lite.policy.model import load_policy
+from searche1_lite.rollout.protocol import Protocol
+from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.runtime.errors import UserError
 from searche1_lite.search.bm25 import BM25Retriever
-from searche1_lite.search.counters import Counters, shared_file
 from searche1_lite.search.http import TOKEN_VARIABLE, HTTPRetriever, parse_answer
 from searche1_lite.search.index import build_index
-from searche1_lite.search.server import LONGEST_QUERY, MOST_PASSAGES, MOST_QUERIES, as_answer
-from searche1_lite.search.workers import FairSocket
+from searche1_lite.serve.search_counters import Counters, shared_file
+from searche1_lite.serve.search_server import LONGEST_QUERY, MOST_PASSAGES, MOST_QUERIES, as_answer
+from searche1_lite.serve.search_workers import FairSocket
 
 TOKEN = "correct-horse-battery-staple"
 CORPUS = [

@@ -18,8 +18,8 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
-from searche1_lite.errors import UserError
-from searche1_lite.serving import (
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.serve.guards import (
     MAX_BODY,
     TOKEN_VARIABLE,
     GuardedServer,
@@ -387,7 +387,7 @@ def test_64_clients_at_once_each_get_their_own_answer(client: Client) -> None:
 SCRIPT = """
 import asyncio, sys
 from fastapi.responses import StreamingResponse
-from searche1_lite.serving import listen, new_app, serve
+from searche1_lite.serve.guards import listen, new_app, serve
 app, stopped = new_app("slow"), []
 @app.get("/endless")
 async def endless():
@@ -428,6 +428,6 @@ def test_a_signal_ends_it_cleanly_also_in_the_middle_of_an_answer(number: int) -
 
 def test_without_the_extra_it_is_said_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError('none', name='fastapi')")
-    script = "import sys; sys.path.insert(0, sys.argv[1]); import searche1_lite.serving"
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import searche1_lite.serve.guards"
     ran = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
     assert "UserError: a server needs fastapi, which is not installed: pip install -e '.[web]' in the" in ran.stderr

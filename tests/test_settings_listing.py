@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from searche1_lite.cli import app
+from searche1_lite.cli.main import app
 from searche1_lite.config import Config, flatten, load_config, preset_names
-from searche1_lite.errors import UserError
-from searche1_lite.settings_listing import as_commented_yaml, list_settings
+from searche1_lite.config.listing import as_commented_yaml, list_settings
+from searche1_lite.runtime.errors import UserError
 
 
 def run(*words: str) -> str:

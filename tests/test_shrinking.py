@@ -24,19 +24,19 @@ from peft import PeftModel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedTokenizerBase
 
-from searche1_lite import measure
-from searche1_lite import rollout as rollout_module
+from searche1_lite.bench import measure
 from searche1_lite.config import Config, EngineConfig, GRPOStageConfig, OFSDStageConfig
-from searche1_lite.diagnostics import watch
-from searche1_lite.engine import Decoder
-from searche1_lite.errors import UserError
-from searche1_lite.grpo import RolloutGRPOTrainer, train_grpo
-from searche1_lite.microbatch import micro_batches
-from searche1_lite.ofsd import train_ofsd
-from searche1_lite.protocol import Protocol
-from searche1_lite.rollout import rollout
-from searche1_lite.shrinking import Limit, is_out_of_memory, smaller_micro_batches
-from searche1_lite.trajectory import Question, Trajectory
+from searche1_lite.data.trajectory import Question, Trajectory
+from searche1_lite.policy.engine import Decoder
+from searche1_lite.policy.microbatch import micro_batches
+from searche1_lite.policy.shrinking import Limit, is_out_of_memory, smaller_micro_batches
+from searche1_lite.rollout import scheduler as rollout_module
+from searche1_lite.rollout.protocol import Protocol
+from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.train.diagnostics import watch
+from searche1_lite.train.grpo import RolloutGRPOTrainer, train_grpo
+from searche1_lite.train.ofsd import train_ofsd
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
 

@@ -7,11 +7,11 @@ import pytest
 from searche1_lite.bench.prediction import _fit
 from searche1_lite.bench.rollout import Workload
 from searche1_lite.bench.simulation import Script, Written, script_of, simulate
-from searche1_lite.benchmarks import load_questions
 from searche1_lite.config import load_config
-from searche1_lite.episode import Episode
-from searche1_lite.model import load_policy
-from searche1_lite.rollout import HEAD_START, RolloutTimes
+from searche1_lite.data.questions import load_questions
+from searche1_lite.policy.model import load_policy
+from searche1_lite.rollout.episode import Episode
+from searche1_lite.rollout.scheduler import HEAD_START, RolloutTimes
 
 
 @dataclass(frozen=True)

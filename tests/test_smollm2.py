@@ -14,19 +14,19 @@ import pytest
 import torch
 from conftest import adapter_weights, all_equal, fixed_weights
 from safetensors.torch import load_file
+from searche1_lite.cli.console import RichTasks
 
-from searche1_lite.ask import Asker
-from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, load_config
-from searche1_lite.console import RichTasks
-from searche1_lite.diagnostics import watch
-from searche1_lite.evaluate import evaluate
-from searche1_lite.evolve import run
-from searche1_lite.loaded_run import Run
-from searche1_lite.ofsd import train_ofsd
-from searche1_lite.pairs import Pair
-from searche1_lite.reward import exact_match
-from searche1_lite.trajectory import Question, Search, Trajectory, Turn
+from searche1_lite.data.trajectory import Question, Search, Trajectory, Turn
+from searche1_lite.rollout.metrics import evaluate
+from searche1_lite.rollout.reward import exact_match
+from searche1_lite.serve.ask import Asker
+from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.diagnostics import watch
+from searche1_lite.train.ofsd import train_ofsd
+from searche1_lite.train.pairs import Pair
+from searche1_lite.train.rounds import run
+from searche1_lite.train.session import Run
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "countries"
 SPLITS = ("train", "dev", "evaluation")

@@ -2,9 +2,8 @@
 
 import pytest
 
-from searche1_lite.search.base import Passage
-from searche1_lite.sources import Source, find_sources, sentence_around, stands_at
-from searche1_lite.trajectory import Search
+from searche1_lite.data.trajectory import Passage, Search
+from searche1_lite.serve.sources import Source, find_sources, sentence_around, stands_at
 
 AUSTEN = "Jane Austen was born in 1775. She wrote Emma; J. K. Rowling did not.\nThe house is in St. Mary Mead."
 

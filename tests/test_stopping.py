@@ -7,9 +7,8 @@ import pytest
 from conftest import byte_level_tokenizer
 from transformers import AutoTokenizer
 
-from searche1_lite.model import resolve_model
-from searche1_lite.protocol import STOP_TAGS
-from searche1_lite.stopping import TagAutomaton
+from searche1_lite.policy.model import resolve_model
+from searche1_lite.policy.stopping import STOP_TAGS, TagAutomaton
 
 
 @pytest.mark.parametrize("name", ["bytes", "demo"])

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from searche1_lite.cli.console import sweep_table
 
-from searche1_lite.console import sweep_table
-from searche1_lite.errors import UserError
-from searche1_lite.sweep.plan import load_plan
-from searche1_lite.sweep.runs import check_room, run_sweep
+from searche1_lite.evaluate.sweep.plan import load_plan
+from searche1_lite.evaluate.sweep.runs import check_room, run_sweep
+from searche1_lite.runtime.errors import UserError
 
 SWEEP = """
 preset: demo

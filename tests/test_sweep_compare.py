@@ -1,7 +1,7 @@
 import pytest
 from scipy import stats
 
-from searche1_lite.sweep.compare import Outcome, compare, holm, paired_p, t_interval
+from searche1_lite.evaluate.sweep.compare import Outcome, compare, holm, paired_p, t_interval
 
 
 def done(variant: str, seed: int, em: float, correct: dict[str, float] | None = None, **figures: float) -> Outcome:

@@ -5,8 +5,8 @@ import pytest
 import yaml
 
 from searche1_lite.config import load_config
-from searche1_lite.errors import UserError
-from searche1_lite.sweep.plan import common_stages, load_plan, parse_seeds
+from searche1_lite.evaluate.sweep.plan import common_stages, load_plan, parse_seeds
+from searche1_lite.runtime.errors import UserError
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
 

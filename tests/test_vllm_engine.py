@@ -13,21 +13,16 @@ from conftest import byte_level_tokenizer, fresh_policy
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen2Config
 
-from searche1_lite.adapter import save_adapter, use_adapter
-from searche1_lite.benchmarks import load_questions
 from searche1_lite.config import Config, EngineConfig, ModelConfig, ProtocolConfig, load_config
-from searche1_lite.engine import Decoder, UniformStream, uses_shadow
-from searche1_lite.errors import UserError
-from searche1_lite.loaded_run import Run
-from searche1_lite.merge import save_merged
-from searche1_lite.model import load_policy
-from searche1_lite.protocol import Protocol
-from searche1_lite.rollout import rollout
-from searche1_lite.search.progress import SILENT
-from searche1_lite.stopping import end_ids, tag_automaton
-from searche1_lite.trajectory import Question, Trajectory
-from searche1_lite.vllm_decoder import Row, sampling, take
-from searche1_lite.vllm_engine import (
+from searche1_lite.data.questions import load_questions
+from searche1_lite.data.trajectory import Question, Trajectory
+from searche1_lite.policy.adapter import save_adapter, use_adapter
+from searche1_lite.policy.engine import Decoder, UniformStream, uses_shadow
+from searche1_lite.policy.merge import save_merged
+from searche1_lite.policy.model import load_policy
+from searche1_lite.policy.stopping import end_ids, tag_automaton
+from searche1_lite.policy.vllm_decoder import Row, sampling, take
+from searche1_lite.policy.vllm_engine import (
     VllmEngine,
     cache_bytes,
     check_vocabulary,
@@ -35,6 +30,11 @@ from searche1_lite.vllm_engine import (
     lora_room,
     save_plain_base,
 )
+from searche1_lite.rollout.protocol import Protocol
+from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.progress import SILENT
+from searche1_lite.train.session import Run
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed: pip install -e '.[vllm]'")

@@ -17,21 +17,21 @@ from pathlib import Path
 import pytest
 import torch
 from chromium import FAINT, chromium, wait
+from searche1_lite.cli.console import RichTasks
 from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
-from searche1_lite.adapter import save_adapter
-from searche1_lite.ask import Asker
 from searche1_lite.config import ModelConfig, load_config
-from searche1_lite.console import RichTasks
-from searche1_lite.loaded_run import Run
-from searche1_lite.model import load_policy
+from searche1_lite.data.trajectory import Passage
+from searche1_lite.policy.adapter import save_adapter
+from searche1_lite.policy.model import load_policy
 from searche1_lite.report.escaping import visible
-from searche1_lite.search.base import Passage
-from searche1_lite.serving import GuardedServer, Place, listen
-from searche1_lite.web.app import PAGE_PATHS, create_app
-from searche1_lite.web.desk import MOST_WAITING, Desk
+from searche1_lite.serve.ask import Asker
+from searche1_lite.serve.guards import GuardedServer, Place, listen
+from searche1_lite.serve.web.app import PAGE_PATHS, create_app
+from searche1_lite.serve.web.desk import MOST_WAITING, Desk
+from searche1_lite.train.session import Run
 from tests.conftest import ShelfRetriever
 
 QUESTION = "What is the mayor of Port Mitu?"

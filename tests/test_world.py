@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from searche1_lite.demo.world import (
+from searche1_lite.data.demo_world import (
     DEMO_WORLD_SEED,
     HOP_SHARES,
     RELATIONS,
@@ -22,7 +22,7 @@ from searche1_lite.demo.world import (
     write_corpus,
     write_demo_corpus,
 )
-from searche1_lite.trajectory import Question
+from searche1_lite.data.trajectory import Question
 
 SPLITS = ("train", "dev", "test")
 
@@ -123,7 +123,7 @@ def test_answers_follow_from_the_passages_hop_by_hop(
 
 def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     program = (
-        "import json, sys; from dataclasses import asdict; from searche1_lite.demo.world import World\n"
+        "import json, sys; from dataclasses import asdict; from searche1_lite.data.demo_world import World\n"
         "world = World(11)\n"
         "questions = {split: [asdict(q) for q in asked] for split, asked in world.questions().items()}\n"
         "sys.stdout.write(json.dumps([world.passages(), questions]))"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from searche1_lite.config import Config
-from searche1_lite.errors import UserError
+from searche1_lite.runtime.errors import UserError
 
 PARTS = ("memory", "rollout", "search", "round")
 

@@ -24,14 +24,14 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
-from searche1_lite.adapter import keep_adapter_fp32
-from searche1_lite.engine import SampledTurn
-from searche1_lite.episode import Episode
-from searche1_lite.model import compute_context, compute_dtype
-from searche1_lite.protocol import STOP_TAGS, Action, Protocol
-from searche1_lite.search.base import Passage, Retriever, search_each
-from searche1_lite.stopping import end_ids
-from searche1_lite.trajectory import Question, Trajectory
+from searche1_lite.data.trajectory import Passage, Question, Trajectory
+from searche1_lite.policy.adapter import keep_adapter_fp32
+from searche1_lite.policy.engine import SampledTurn
+from searche1_lite.policy.model import compute_context, compute_dtype
+from searche1_lite.policy.stopping import STOP_TAGS, end_ids
+from searche1_lite.rollout.episode import Episode
+from searche1_lite.rollout.protocol import Action, Protocol
+from searche1_lite.search.base import Retriever, search_each
 
 
 def stop_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -11,8 +11,8 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from searche1_lite.memory import head_width, nf4_bytes
-from searche1_lite.model import adapted_layers
+from searche1_lite.policy.memory import head_width, nf4_bytes
+from searche1_lite.policy.model import adapted_layers
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from searche1_lite.bench.measure import full_pairs, full_trajectories
 from searche1_lite.config import Config, load_config
-from searche1_lite.errors import UserError
-from searche1_lite.measure import full_pairs, full_trajectories
+from searche1_lite.runtime.errors import UserError
 
 STAGES = ("rollout", "GRPO step", "OFSD step")
 _JSON_NAMES = {"rollout": "rollout", "GRPO step": "grpo", "OFSD step": "ofsd"}
@@ -42,10 +42,10 @@ def measure_memory(
     """
     import torch
 
-    from searche1_lite.doctor import gpu_capacity, model_shape
-    from searche1_lite.measure import measure, save_random_base
-    from searche1_lite.memory import plan_memory
-    from searche1_lite.model import compute_dtype
+    from searche1_lite.bench.measure import measure, save_random_base
+    from searche1_lite.policy.capacity import gpu_capacity, model_shape
+    from searche1_lite.policy.memory import plan_memory
+    from searche1_lite.policy.model import compute_dtype
     from searche1_lite.search.index import cache_folder
 
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"

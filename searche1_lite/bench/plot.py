@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from searche1_lite.errors import UserError
+from searche1_lite.runtime.errors import UserError
 
 FORMATS = (".png", ".svg", ".pdf")
 

@@ -16,10 +16,10 @@ import torch
 from scipy.optimize import nnls
 
 from searche1_lite.bench.simulation import script_of, simulate
-from searche1_lite.engine import Decoder, SampledTurn
-from searche1_lite.rollout import RolloutTimes
-from searche1_lite.search.base import Passage, Retriever
-from searche1_lite.trajectory import Trajectory
+from searche1_lite.data.trajectory import Passage, Trajectory
+from searche1_lite.policy.engine import Decoder, SampledTurn
+from searche1_lite.rollout.scheduler import RolloutTimes
+from searche1_lite.search.base import Retriever
 
 if TYPE_CHECKING:
     from searche1_lite.bench.rollout import Workload

@@ -21,22 +21,22 @@ from transformers import PreTrainedTokenizerBase
 
 from searche1_lite.bench.baselines import ToolLoop, reprefill_rollouts, stop_ids
 from searche1_lite.bench.limits import demand, measure_gpu, step_limit
+from searche1_lite.bench.measure import save_random_base
 from searche1_lite.bench.prediction import predict
-from searche1_lite.benchmarks import load_questions
 from searche1_lite.config import Config, load_config
-from searche1_lite.engine import Decoder, SampledTurn, uses_shadow
-from searche1_lite.episode import Episode
-from searche1_lite.loaded_run import fitting_engine
-from searche1_lite.measure import save_random_base
-from searche1_lite.model import load_policy
-from searche1_lite.protocol import Action, Protocol
-from searche1_lite.rollout import RolloutTimes, rollout
-from searche1_lite.search.base import Passage, Retriever
+from searche1_lite.data.questions import load_questions
+from searche1_lite.data.trajectory import Passage, Question, Search, Trajectory
+from searche1_lite.policy.engine import Decoder, SampledTurn, uses_shadow
+from searche1_lite.policy.model import load_policy
+from searche1_lite.policy.shrinking import give_memory_back, is_out_of_memory
+from searche1_lite.rollout.episode import Episode
+from searche1_lite.rollout.protocol import Action, Protocol
+from searche1_lite.rollout.scheduler import RolloutTimes, rollout
+from searche1_lite.runtime.progress import say_on_stderr
+from searche1_lite.search.base import Retriever
 from searche1_lite.search.catalog import open_retriever
 from searche1_lite.search.index import cache_folder
-from searche1_lite.search.progress import say_on_stderr
-from searche1_lite.shrinking import give_memory_back, is_out_of_memory
-from searche1_lite.trajectory import Question, Search, Trajectory
+from searche1_lite.train.session import fitting_engine
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -228,7 +228,7 @@ def measure_rollouts(quick: bool = False, on_part: OnPart = lambda name: None) -
     small = {"135m_3_layers" if quick else "135m": 40 if gpu else 5}  # on two slow cores, a group takes TRL 100 s
     kinds = [(small_shape(3 if quick else 30), small, 1 if quick else 2)]
     if gpu and not quick:
-        from searche1_lite.doctor import model_shape
+        from searche1_lite.policy.capacity import model_shape
 
         kinds.append((model_shape(load_config()), {f"3b_batch_{rows}": rows for rows in (1, 8, 32, 64)}, 2))
     for kind in kinds:

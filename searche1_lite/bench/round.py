@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import load_config
-from searche1_lite.evolve import run
 from searche1_lite.search.index import cache_folder
+from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.rounds import run
 
 
 class TaskTimer:

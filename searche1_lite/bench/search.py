@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from searche1_lite.benchmarks import load_questions
 from searche1_lite.config import SearchConfig, load_config
-from searche1_lite.demo.world import write_demo_corpus
+from searche1_lite.data.demo_world import write_demo_corpus
+from searche1_lite.data.questions import load_questions
 from searche1_lite.search.base import parse_contents
 from searche1_lite.search.bm25 import BM25Retriever
 from searche1_lite.search.index import build_index

@@ -14,13 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from searche1_lite.engine import Decoder, SampledTurn
-from searche1_lite.episode import Episode
-from searche1_lite.protocol import Action
-from searche1_lite.rollout import Play, RolloutTimes, Seat
-from searche1_lite.search.base import Passage
-from searche1_lite.stopping import TagAutomaton
-from searche1_lite.trajectory import Question, Trajectory
+from searche1_lite.data.trajectory import Passage, Question, Trajectory
+from searche1_lite.policy.engine import Decoder, SampledTurn
+from searche1_lite.policy.stopping import TagAutomaton
+from searche1_lite.rollout.episode import Episode
+from searche1_lite.rollout.protocol import Action
+from searche1_lite.rollout.scheduler import Play, RolloutTimes, Seat
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ data all the way: `escaping.py` for what Python writes, text nodes alone for wha
 
 from pathlib import Path
 
-from searche1_lite.errors import UserError
 from searche1_lite.report.record import is_run
-from searche1_lite.sealed_folder import write_atomically
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.sealed_folder import write_atomically
 
 FILE_NAME = "report.html"
 

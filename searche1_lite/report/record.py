@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from searche1_lite.config import Config, flatten, load_config
-from searche1_lite.errors import UserError
-from searche1_lite.jsonl import JsonFault, bounded_lines, parse_json, read_json
-from searche1_lite.schedule import next_stage
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.jsonl import JsonFault, bounded_lines, parse_json, read_json
+from searche1_lite.train.schedule import next_stage
 
 _LARGEST = sys.float_info.max
 """A whole number may be larger, and no float."""

@@ -7,8 +7,6 @@ from urllib.parse import quote
 
 from matplotlib.axes import Axes
 
-from searche1_lite.errors import UserError
-from searche1_lite.jsonl import read_json
 from searche1_lite.report import FILE_NAME
 from searche1_lite.report.escaping import escape
 from searche1_lite.report.page import cards, header, notes, page, section, table
@@ -16,6 +14,8 @@ from searche1_lite.report.record import interval, interval_text, is_run, number,
 from searche1_lite.report.run_charts import stage_labels
 from searche1_lite.report.svg import GRID, INK, MUTED, SERIES, Chart, draw, label, tip
 from searche1_lite.report.trajectories import stage_order
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.jsonl import read_json
 
 _DASHES = ("-", "--", ":", "-.")
 

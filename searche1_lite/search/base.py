@@ -1,20 +1,10 @@
 """What a search engine is to the rest of the project."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from searche1_lite.errors import UserError
-
-
-@dataclass(frozen=True, slots=True)
-class Passage:
-    """One retrieved passage. `score` is the engine's own (BM25: higher is better)."""
-
-    id: str
-    title: str
-    text: str
-    score: float = 0.0
+from searche1_lite.data.trajectory import Passage
+from searche1_lite.runtime.errors import UserError
 
 
 def parse_contents(passage_id: str, contents: str, score: float = 0.0) -> Passage:
@@ -24,18 +14,6 @@ def parse_contents(passage_id: str, contents: str, score: float = 0.0) -> Passag
     if len(title) >= 2 and title[0] == title[-1] == '"':
         title = title[1:-1]
     return Passage(passage_id, title, text.strip(), score)
-
-
-class FailedSearch(list[Passage]):
-    """The empty result of a search that could not be made: nobody may take it for one that found nothing.
-
-    Args:
-        reason: what went wrong, in a line.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__()
-        self.reason = reason
 
 
 MAX_QUERY = 4096

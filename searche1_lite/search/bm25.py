@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from searche1_lite.errors import UserError
-from searche1_lite.search.base import MAX_QUERY, Passage, clean_query, parse_contents
+from searche1_lite.data.trajectory import Passage
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.search.base import MAX_QUERY, clean_query, parse_contents
 from searche1_lite.search.index import index_fingerprint
 from searche1_lite.search.jvm import start_jvm
 

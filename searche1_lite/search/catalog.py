@@ -6,13 +6,13 @@ from contextlib import closing
 from pathlib import Path
 
 from searche1_lite.config import SearchConfig
-from searche1_lite.errors import UserError
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.progress import SILENT, Progress, say_on_stderr
 from searche1_lite.search.base import Retriever
 from searche1_lite.search.bm25 import BM25Retriever, is_lucene_index
 from searche1_lite.search.http import HTTPRetriever
 from searche1_lite.search.index import cache_folder, ensure_index
 from searche1_lite.search.prebuilt import UNPACKED, fetch_prebuilt, find_prebuilt
-from searche1_lite.search.progress import SILENT, Progress, say_on_stderr
 from searche1_lite.search.store import JsonlStore
 from searche1_lite.search.wiki18 import INDEX_SIZE, PACKED_SIZE, UNPACKED_SIZE, fetch_wiki18
 from searche1_lite.search.wiki18 import NAME as WIKI18
@@ -92,7 +92,7 @@ def _refuse_path(name: str) -> None:
 
 
 def _demo_corpus() -> Path:
-    from searche1_lite.demo.world import DEMO_WORLD_SEED, write_demo_corpus
+    from searche1_lite.data.demo_world import DEMO_WORLD_SEED, write_demo_corpus
 
     corpus = cache_folder() / f"demo-{DEMO_WORLD_SEED}.jsonl"
     corpus.parent.mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from searche1_lite.errors import UserError
-from searche1_lite.jsonl import MAX_LINE, JsonFault, bounded_lines, parse_json, read_json
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.jsonl import MAX_LINE, JsonFault, bounded_lines, parse_json, read_json
+from searche1_lite.runtime.progress import SILENT, Progress, megabytes
 from searche1_lite.search.folder import SUFFIXES, folder_passages, text_files
-from searche1_lite.search.progress import SILENT, Progress, megabytes
 
 _MAX_ID = 1000
 _NAMED = 5

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from searche1_lite.errors import UserError
-from searche1_lite.search.progress import SILENT, Progress, megabytes
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.progress import SILENT, Progress, megabytes
 
 _BLOCK = 2**20
 _TIMEOUT = 60.0

@@ -25,9 +25,10 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from searche1_lite.errors import UserError
-from searche1_lite.search.base import FailedSearch, Passage, clean_query, parse_contents
-from searche1_lite.search.progress import say_on_stderr
+from searche1_lite.data.trajectory import FailedSearch, Passage
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.progress import say_on_stderr
+from searche1_lite.search.base import clean_query, parse_contents
 
 if TYPE_CHECKING:
     import httpx2

@@ -12,13 +12,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from searche1_lite.errors import UserError
-from searche1_lite.jsonl import read_json
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.jsonl import read_json
+from searche1_lite.runtime.progress import SILENT, Progress, megabytes, say_on_stderr
+from searche1_lite.runtime.terminal import one_line
 from searche1_lite.search.corpus import CheckedCorpus, check_corpus, corpus_size, read_passages
 from searche1_lite.search.folder import other_files
 from searche1_lite.search.jvm import start_jvm
-from searche1_lite.search.progress import SILENT, Progress, megabytes, say_on_stderr
-from searche1_lite.terminal import one_line
 
 INDEX_FORMAT = 1
 """Raised whenever an index built by older code must not be used any more."""

@@ -14,7 +14,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from searche1_lite.errors import UserError
+from searche1_lite.runtime.errors import UserError
 
 MINIMUM_JAVA = 21
 _lock = threading.Lock()

@@ -13,10 +13,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from searche1_lite.errors import UserError
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.progress import Progress
 from searche1_lite.search.download import download, megabytes_of, unpack
 from searche1_lite.search.jvm import start_jvm
-from searche1_lite.search.progress import Progress
 
 UNPACKED = 1.5
 """Size of an unpacked index over that of its archive, assumed."""

@@ -11,12 +11,12 @@ from typing import Any
 
 from filelock import FileLock
 
-from searche1_lite.errors import UserError
-from searche1_lite.jsonl import MAX_LINE, JsonFault, bounded_lines, parse_json
-from searche1_lite.sealed_folder import write_atomically
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.jsonl import MAX_LINE, JsonFault, bounded_lines, parse_json
+from searche1_lite.runtime.progress import SILENT, Progress, megabytes
+from searche1_lite.runtime.sealed_folder import write_atomically
 from searche1_lite.search.corpus import is_gzip, open_corpus
 from searche1_lite.search.download import full_disk_explained
-from searche1_lite.search.progress import SILENT, Progress, megabytes
 
 
 class JsonlStore:

@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from searche1_lite.errors import UserError
-from searche1_lite.jsonl import read_json
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.jsonl import read_json
 from searche1_lite.search.bm25 import is_lucene_index
 from searche1_lite.search.prebuilt import agree, need_room
 
@@ -62,7 +62,7 @@ def _ask(index: bool, corpus: bool, cache: Path, confirm: Callable[[str], bool])
 
 
 def _fetch_index() -> Path:
-    from searche1_lite.hub import download_folder
+    from searche1_lite.runtime.hub import download_folder
 
     folder = download_folder(INDEX_REPO, repo_type="dataset", patterns=[INDEX_FILES])
     found = sorted({segments.parent for segments in folder.rglob("segments_*")})
@@ -72,6 +72,6 @@ def _fetch_index() -> Path:
 
 
 def _fetch_corpus() -> Path:
-    from searche1_lite.hub import download_file
+    from searche1_lite.runtime.hub import download_file
 
     return download_file(CORPUS_REPO, CORPUS_FILE, repo_type="dataset")

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 import numpy
 import psutil
+from searche1_lite.cli.console import RichTasks
 
-from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import load_config
-from searche1_lite.console import RichTasks
-from searche1_lite.evolve import run
-from searche1_lite.quiet import quieten
+from searche1_lite.runtime.quiet import quieten
 from searche1_lite.search import bm25
+from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.rounds import run
 
 SETTINGS = [
     "grpo.steps=10",

@@ -27,12 +27,12 @@ from own_retriever import RareWords
 from searche1_lite import Passage, load_config
 from searche1_lite.bench import _machine
 from searche1_lite.bench import rollout as bench
+from searche1_lite.bench.doctor import model_shape
 from searche1_lite.bench.limits import measure_gpu
 from searche1_lite.bench.memory import measure_memory
-from searche1_lite.demo.world import DEMO_WORLD_SEED, World
-from searche1_lite.doctor import model_shape
-from searche1_lite.errors import UserError
-from searche1_lite.model import compute_dtype
+from searche1_lite.data.demo_world import DEMO_WORLD_SEED, World
+from searche1_lite.policy.model import compute_dtype
+from searche1_lite.runtime.errors import UserError
 from searche1_lite.search.base import Retriever
 from searche1_lite.search.catalog import open_retriever
 

@@ -18,13 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from searche1_lite.cli.console import RichTasks
 from test_resume import SETTINGS, results
 
-from searche1_lite.checkpoint import RunFolder
 from searche1_lite.config import Config, load_config
-from searche1_lite.console import RichTasks
-from searche1_lite.evolve import run
-from searche1_lite.quiet import quieten
+from searche1_lite.runtime.quiet import quieten
+from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.rounds import run
 
 
 def live(path: Path, config: Config, errors: Path) -> int:

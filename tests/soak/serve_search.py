@@ -33,7 +33,7 @@ from search_server import RunningServer, serve_search
 from searche1_lite.search.bm25 import BM25Retriever
 from searche1_lite.search.http import HTTPRetriever
 from searche1_lite.search.index import build_index
-from searche1_lite.search.server import as_answer
+from searche1_lite.serve.search_server import as_answer
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprt" for b in ("a", "e", "io", "ou", "u") for c in ("ster", "lin", "mar", "do")]
 WORDS = [one + other for one in WORDS for other in WORDS][:20_000]

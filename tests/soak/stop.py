@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kill import ended
 from test_resume import results
 
-from searche1_lite import cli
+from searche1_lite.cli import main as cli
 
 GOES_ON = "interrupted; what was done is kept, go on with --resume"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 from flat import last_minute
 
-from searche1_lite.benchmarks import load_questions
+from searche1_lite.data.questions import load_questions
 
 COMMAND = [sys.executable, "-m", "searche1_lite", "ask", "--preset", "demo", "--web", "--port", "0"]
 BACK_AFTER = 0.5

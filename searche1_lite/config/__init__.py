@@ -1,0 +1,51 @@
+"""Settings: what there is to set, the shipped presets, and how a preset, a file and `key=value` make one `Config`."""
+
+from searche1_lite.config.loading import (
+    DEFAULT_PRESETS,
+    PRESETS,
+    default_preset,
+    dump_config,
+    flatten,
+    load_config,
+    parse_config,
+    preset_names,
+    what_counts,
+)
+from searche1_lite.config.settings import (
+    BudgetConfig,
+    CheckpointConfig,
+    CollapseConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    GRPOStageConfig,
+    LoggingConfig,
+    ModelConfig,
+    OFSDStageConfig,
+    ProtocolConfig,
+    SearchConfig,
+)
+
+__all__ = [
+    "DEFAULT_PRESETS",
+    "PRESETS",
+    "BudgetConfig",
+    "CheckpointConfig",
+    "CollapseConfig",
+    "Config",
+    "DataConfig",
+    "EngineConfig",
+    "GRPOStageConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OFSDStageConfig",
+    "ProtocolConfig",
+    "SearchConfig",
+    "default_preset",
+    "dump_config",
+    "flatten",
+    "load_config",
+    "parse_config",
+    "preset_names",
+    "what_counts",
+]

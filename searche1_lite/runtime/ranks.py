@@ -1,0 +1,366 @@
+"""Several processes that train one policy together, a GPU each: `accelerate launch -m searche1_lite train ...`.
+
+The launcher starts them and tells each its place; accelerate and PyTorch carry what they say to each other. Every
+process holds the whole policy and goes through the same code in the same order:
+
+    rollouts     each plays its share of the questions; what was played is gathered, so that all know all of it
+    training     TRL gives each its share of a step's questions or pairs; the gradients are averaged once a step
+    the folder   the first process reads and writes it, and tells the others what it read (`SharedFolder`)
+    decisions    what could come out differently is decided once, or agreed upon: when to stop, what has failed
+
+With one process each of these functions does nothing, or gives back what it was given. What it leaves out: sharding the
+policy itself, whose 4-bit base fits one GPU.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from searche1_lite.runtime.errors import UserError, explain
+from searche1_lite.runtime.interrupt import Interrupted, Stop
+
+if TYPE_CHECKING:
+    import torch
+
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=4)
+"""How long one process waits for the others, while they fetch an index for instance. One that dies is noticed at once;
+this ends what hangs."""
+
+TELLERS_TIME_S = 30.0
+"""How long a process that has nothing to tell of an error stays, for the one that has; the launcher ends it sooner."""
+
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+_SIGNS_OF_LOSS = ("peer", "gloo", "nccl", "broken pipe", "tcpstore")
+"""In the messages of PyTorch's errors about a process that is gone; only some of them have a type of their own."""
+
+
+class ToldElsewhereError(UserError):
+    """What another process tells the user; this one ends without a word."""
+
+    told_elsewhere = True
+
+
+def is_launched() -> bool:
+    """Was this process started by `accelerate launch`, `torchrun` or the like?"""
+    return all(name in os.environ for name in _LAUNCHED)
+
+
+def world_size() -> int:
+    """How many processes train together; 1 without a launcher."""
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
+
+
+def rank() -> int:
+    """This process's place among them, from 0."""
+    return int(os.environ["RANK"]) if is_launched() else 0
+
+
+def is_first() -> bool:
+    """Is this the process that reads, writes and speaks for all?"""
+    return rank() == 0
+
+
+def place() -> str:
+    """How a line begins that one of several processes says for itself alone; nothing for the first."""
+    return "" if is_first() else f"process {rank()}: "
+
+
+def uses_deepspeed() -> bool:
+    """Did the launcher say that DeepSpeed makes the updates?"""
+    return is_launched() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def check_alone(what: str) -> None:
+    """Refuses several processes for what is done by one.
+
+    Raises:
+        UserError: if there are several.
+    """
+    if world_size() > 1:
+        raise error_once(f"{what} is for one process; start it without a launcher (`train` is what runs on several)")
+
+
+def error_once(message: str) -> UserError:
+    """An error that all processes find by themselves."""
+    return UserError(message) if is_first() else ToldElsewhereError(message)
+
+
+def let_the_teller_end_first() -> None:
+    """Before a process ends with what another one tells: the first to end has the launcher end all others, and one that
+    has not spoken by then never would."""
+    time.sleep(TELLERS_TIME_S)
+
+
+def check_alike(settings: dict[str, Any]) -> None:
+    """Refuses processes that differ in what they were given: they would not come to the same steps.
+
+    Raises:
+        UserError: names the first thing in which one differs from the first process.
+    """
+    told = gather([settings])
+    for place, theirs in enumerate(told):
+        for name, value in told[0].items():
+            if theirs.get(name) != value:
+                raise error_once(
+                    f"the processes were not given the same: {name} is {value!r} in the first and {theirs.get(name)!r} "
+                    f"in process {place}; start all with the same settings and files"
+                )
+
+
+@contextmanager
+def one_first() -> Iterator[None]:
+    """Around what may fetch or build files: on each machine one process does it, then the others find them.
+
+    Raises:
+        UserError: in all of them, if any has failed.
+    """
+    if world_size() == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    leads, failed = PartialState().is_local_main_process, None
+    if not leads:
+        _end_if_failed(None)
+    try:
+        yield
+    except UserError as error:
+        failed = error
+    if leads:
+        _end_if_failed(failed)
+    _end_if_failed(failed)
+
+
+def wait_for_all() -> None:
+    """Goes on when every process has come here."""
+    gather([None])
+
+
+def leave() -> None:
+    """All is done: the processes part."""
+    if world_size() > 1:
+        wait_for_all()
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
+
+
+def share(count: int) -> slice:
+    """Which of `count` things are this process's; the shares follow each other in the order of the processes."""
+    return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
+
+
+def gather(items: list[T]) -> list[T]:
+    """The items of all processes, in their order: what JSON can say, and paths."""
+    if world_size() == 1:
+        return items
+    return [item for each in _exchange(items) for item in each]
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` gives in the first process, where alone it is called.
+
+    Raises:
+        UserError: that `make` raised there, or for an OSError; in the other processes as `ToldElsewhereError`.
+    """
+    if world_size() == 1:
+        return make()
+    told: Any = None
+    failed: UserError | None = None
+    if is_first():
+        try:
+            told = [make(), None]
+        except (UserError, OSError) as error:
+            message, code = explain(error) or (str(error), 1)
+            failed, told = UserError(message, code), [None, (message, code)]
+    value, fault = _exchange(told)[0]
+    if failed is not None:
+        raise failed
+    if fault is not None:
+        raise ToldElsewhereError(*fault)
+    return value
+
+
+def _exchange(value: Any) -> list[Any]:
+    """What each process says, in their order. As JSON: PyTorch's own way to send objects would pickle them."""
+    import torch
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    device = PartialState().device
+    said = torch.frombuffer(bytearray(json.dumps(value, default=_as_json).encode()), dtype=torch.uint8).to(device)
+    with telling_of_losses():
+        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
+        dist.all_gather(sizes, torch.tensor([len(said)], device=device))
+        longest = max(int(size) for size in sizes)
+        found = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in range(world_size())]
+        dist.all_gather(found, torch.nn.functional.pad(said, (0, longest - len(said))))
+    texts = [bytes(each[: int(size)].cpu().numpy()) for each, size in zip(found, sizes, strict=True)]
+    return [json.loads(text, object_hook=_from_json) for text in texts]
+
+
+_PATH = "searche1_lite.path"
+"""A name no record of ours has: what stands under it was a path."""
+
+
+def _as_json(value: Any) -> dict[str, str]:
+    if isinstance(value, Path):
+        return {_PATH: str(value)}
+    raise TypeError(f"{type(value).__name__} is not sent from process to process")
+
+
+def _from_json(found: dict[str, Any]) -> Any:
+    return Path(found[_PATH]) if _PATH in found else found
+
+
+@contextmanager
+def agreeing(stop: Stop | None = None) -> Iterator[None]:
+    """Around what each process does by itself, and may break off: then all end it, in the same way.
+
+    One that has failed or is to stop would otherwise leave the others waiting for it.
+
+    Raises:
+        Interrupted: in all of them, if any was told to stop.
+        UserError: in all of them, if any has failed.
+    """
+    if world_size() == 1:
+        yield
+        return
+    failed: UserError | None = None
+    try:
+        yield
+    except Interrupted:
+        pass  # `stop` knows of it
+    except UserError as error:
+        failed = error
+    _end_if_failed(failed)
+    if stop is not None and (signum := next((signum for signum in gather([stop.signum]) if signum is not None), None)):
+        raise Interrupted(signum)
+
+
+def _end_if_failed(failed: UserError | None) -> None:
+    """All processes come here; if any has failed they all end, and the first of those that have says why."""
+    found = gather([None if failed is None else (str(failed), failed.exit_code)])
+    for place, fault in enumerate(found):
+        if fault is not None:
+            if failed is not None and place == rank():
+                raise failed
+            raise ToldElsewhereError(f"process {place} has failed: {fault[0]}", fault[1])
+
+
+@contextmanager
+def telling_of_losses() -> Iterator[None]:
+    """Around what waits for other processes.
+
+    Raises:
+        UserError: if one of them is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        kind = type(error).__name__.startswith("Dist")  # torch.distributed's own
+        if world_size() == 1 or not (kind or any(sign in str(error).lower() for sign in _SIGNS_OF_LOSS)):
+            raise
+        raise UserError(
+            f"another of the {world_size()} processes is gone, or does not answer; what it said before tells why, if "
+            "anything does. What was saved is kept: the same command with --resume goes on from there",
+            exit_code=1,
+        ) from error
+
+
+def average_gradients(model: "torch.nn.Module") -> None:
+    """Each gradient becomes the mean over the processes; one that no process has stays away.
+
+    Once a step: the processes do not have the same number of passes, so the gradients of a pass cannot be shared.
+    """
+    if world_size() == 1:
+        return
+    import torch
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    there = torch.tensor([float(parameter.grad is not None) for parameter in trained], device=trained[0].device)
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    flat = _mean(torch.cat([there, *(part.flatten().float() for part in parts)]))
+    flags, *means = flat.split([len(trained), *(part.numel() for part in parts)])
+    for parameter, flag, mean in zip(trained, flags.tolist(), means, strict=True):
+        parameter.grad = mean.view_as(parameter).to(parameter.dtype) if flag else None
+
+
+def average(value: "torch.Tensor") -> "torch.Tensor":
+    """The mean over the processes."""
+    return value if world_size() == 1 else _mean(value.clone())
+
+
+def _mean(values: "torch.Tensor") -> "torch.Tensor":
+    """In place."""
+    import torch.distributed as dist
+
+    with telling_of_losses():
+        dist.all_reduce(values)
+    return values.div_(world_size())
+
+
+@contextmanager
+def by_itself(accelerator: Any, model: "torch.nn.Module") -> Iterator[None]:
+    """Within, a pass is this process's alone, its gradient and what TRL notes of it: the others have not as many."""
+    if world_size() == 1 and not uses_deepspeed():
+        yield
+        return
+    alone: dict[str, Callable[..., Any]] = {"gather": _same, "gather_for_metrics": _same, "reduce": _same}
+    if uses_deepspeed():
+        alone["backward"] = lambda loss: _add_gradients(model, loss)
+    vars(accelerator).update(alone)
+    try:
+        yield
+    finally:
+        for name in alone:
+            del vars(accelerator)[name]
+
+
+def _same(value: T, *_: Any, **__: Any) -> T:
+    return value
+
+
+def _add_gradients(model: "torch.nn.Module", loss: "torch.Tensor") -> None:
+    """`loss.backward()` that DeepSpeed's hooks do not notice."""
+    import torch
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def hand_over(accelerator: Any, model: "torch.nn.Module", loss: "torch.Tensor") -> None:
+    """Has DeepSpeed make its update by the gradients that are there; there is none by what is no number, or if the loss
+    is none: nobody could undo it.
+
+    It takes them from a backward pass and from nowhere else, so they are passed through one: that of a sum whose
+    gradients they are.
+    """
+    if not uses_deepspeed():
+        return
+    import torch
+
+    held = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad(set_to_none=True)
+    if held and bool(loss.isfinite()) and all(bool(gradient.isfinite().all()) for _, gradient in held):
+        accelerator.backward(torch.stack([(parameter * gradient).sum() for parameter, gradient in held]).sum())
+
+
+def merged(parts: Sequence[tuple[dict[str, float], int]]) -> tuple[dict[str, float], int]:
+    """Sums by name, and the number of tokens they are over, of all parts."""
+    sums: dict[str, float] = {}
+    for part, _ in parts:
+        for name, value in part.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums, sum(tokens for _, tokens in parts)

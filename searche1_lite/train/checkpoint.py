@@ -1,0 +1,442 @@
+"""A run's folder: what is in it, how it is written, and how a run goes on from it.
+
+    checkpoints/round1.grpo           the policy as a stage left it; stages are seeded on their own and need no more
+    checkpoints/round2.ofsd.step-20   within a stage: also the optimizer, random states, and the policy as it began
+
+Both are adapter folders (safetensors) that are sealed (`sealed_folder.py`): whole, or not taken for whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from searche1_lite.config import Config, dump_config, load_config, what_counts
+from searche1_lite.runtime.errors import UserError
+from searche1_lite.runtime.progress import say_on_stderr
+from searche1_lite.runtime.ranks import is_first
+from searche1_lite.runtime.sealed_folder import (
+    SEAL,
+    DamagedError,
+    cut,
+    fingerprint,
+    read_sealed,
+    recover_sealed,
+    remove_sealed,
+    sync,
+    update_sealed,
+    write_atomically,
+    write_sealed,
+)
+from searche1_lite.train.run_state import misfit
+from searche1_lite.train.schedule import best_stage
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+KEPT_WITHIN = 2
+"""Checkpoints within a stage that are kept: should the last be damaged, the one before serves."""
+
+_LOCK = ".lock"
+
+
+class RunFolder:
+    """One run on disk.
+
+    Args:
+        path: the folder; looked at now, and made by `start`.
+        config: the run's settings.
+        resume: go on with the run that is there, if it has the same settings.
+        shared: a folder of answers that several runs share; it must be there.
+
+    Raises:
+        UserError: if the folder holds another run, or anything else; nothing is overwritten.
+    """
+
+    def __init__(self, path: Path, config: Config, resume: bool, shared: Path | None = None) -> None:
+        self.path, self._shared = path, shared
+        self.summary_path = path / "summary.json"
+        self._config, self._resume = config, resume
+        self._lock: FileLock | None = None
+        self._look()
+
+    def _look(self) -> None:
+        """Refuses what is no run, or another one."""
+        path, existing = self.path, self.path / "config.yaml"
+        if existing.is_file():
+            if not self._resume:
+                raise UserError(f"{path} already holds a run; add --resume to go on with it, or choose another --out")
+            _check_same(_read_config(existing), self._config, path)
+        elif path.is_dir() and any(item.name != _LOCK for item in path.iterdir()):
+            raise UserError(f"{path} is not empty and holds no run; choose another --out")
+        elif not (nearest := next(place for place in (path, *path.absolute().parents) if place.exists())).is_dir():
+            raise UserError(f"cannot write to the run's folder {path}: {nearest} is a file; choose another --out")
+
+    def claim(self) -> None:
+        """Keeps other processes from the run that is there, until `release` or the process's end; `start` does it too.
+
+        Raises:
+            UserError: if another one is at it.
+        """
+        if self._lock is not None or not self.path.is_dir() or not is_first():
+            return
+        lock = FileLock(self.path / _LOCK, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"another process is at the run in {self.path}; wait for it, or choose another --out"
+            ) from error
+        self._lock = lock
+
+    def release(self) -> None:
+        """Others may go on with it."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def start(self) -> "RunFolder":
+        """Makes what is not there yet. Called when all a run needs is loaded: what fails before leaves no trace.
+
+        Raises:
+            UserError: also if another run has been begun there in the meantime.
+        """
+        try:
+            path = self.path.absolute()
+            made = [place for place in (path, *path.parents) if not place.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+            for place in made:
+                sync(place.parent)
+            self.claim()
+            self._look()  # again: another process may have been at it, and have ended, since
+            self._resume = True  # what is there from now on is its own
+            (self.path / "checkpoints").mkdir(exist_ok=True)
+            (self.path / "trajectories").mkdir(exist_ok=True)
+            recover_sealed(self.path / "checkpoints")
+            for left in (self.path / "checkpoints").glob(".*"):  # by a process that died over it
+                shutil.rmtree(left, ignore_errors=True)
+            if not (self.path / "config.yaml").is_file():
+                write_atomically(self.path / "config.yaml", dump_config(self._config))
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run's folder {self.path}: {error.strerror}; choose another --out"
+            ) from error
+        return self
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Adds one line to `metrics.jsonl`."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def metrics_size(self) -> int:
+        """Bytes in `metrics.jsonl`; a checkpoint keeps it, for `rewind`."""
+        return _size(self.path / "metrics.jsonl")
+
+    def rewind(self, size: int) -> None:
+        """Cuts `metrics.jsonl` to `size` bytes: what it tells of later steps is about to be done again.
+
+        The user is told if there are fewer.
+        """
+        _rewind(self.path / "metrics.jsonl", size)
+
+    def trajectories_size(self, name: str) -> int:
+        """Bytes in `trajectories/NAME.jsonl`."""
+        return _size(self.path / "trajectories" / f"{name}.jsonl")
+
+    def rewind_trajectories(self, name: str, size: int) -> None:
+        """The same of `trajectories/NAME.jsonl`."""
+        _rewind(self.path / "trajectories" / f"{name}.jsonl", size)
+
+    def save_trajectories(self, name: str, records: list[dict[str, Any]]) -> None:
+        """Writes `trajectories/NAME.jsonl`, over an earlier one."""
+        write_atomically(self.path / "trajectories" / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+
+    def add_trajectories(self, name: str, records: list[dict[str, Any]]) -> None:
+        """Adds to `trajectories/NAME.jsonl`."""
+        with (self.path / "trajectories" / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+    def keep_answers(self, name: str, key: str, records: list[dict[str, Any]], seconds: float) -> None:
+        """Writes `trajectories/NAME.jsonl`, to be found again under `key`, which tells what the answers depend on."""
+        answers, note = self._answers(name)
+        note.unlink(missing_ok=True)  # it would be about other answers
+        self.save_trajectories(name, records)
+        write_atomically(note, json.dumps({"key": key, "seconds": seconds, **fingerprint(answers)}) + "\n")
+        for file in self._part(name):
+            file.unlink(missing_ok=True)
+        if self._shared is not None:
+            _copy(self.path / "trajectories" / f"{name}.jsonl", self._shared / f"{key}.jsonl")
+            _copy(note, self._shared / f"{key}.key.json")
+
+    def kept_answers(self, name: str, key: str) -> tuple[list[dict[str, Any]], float] | None:
+        """The answers kept under `key` and their seconds: this run's, else shared ones, which become its own."""
+        answers, note = self._answers(name)
+        if (found := _read_answers(answers, note, key)) is None and self._shared is not None:
+            if not (self._shared / f"{key}.key.json").is_file():
+                return None
+            note.unlink(missing_ok=True)
+            _copy(self._shared / f"{key}.jsonl", answers)
+            _copy(self._shared / f"{key}.key.json", note)
+            found = _read_answers(answers, note, key)
+        return found
+
+    def add_answers(self, name: str, key: str, records: list[dict[str, Any]], seconds: float) -> None:
+        """Keeps the next part of what is to become `keep_answers`; `seconds` of all parts so far."""
+        answers, note = self._part(name)
+        if _read_answers(answers, note, key) is None:
+            answers.unlink(missing_ok=True)
+        else:
+            cut(answers, json.loads(note.read_text(encoding="utf-8"))["bytes"])
+        with answers.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+        write_atomically(note, json.dumps({"key": key, "seconds": seconds, **fingerprint(answers)}) + "\n")
+
+    def begun_answers(self, name: str, key: str) -> tuple[list[dict[str, Any]], float]:
+        """The parts that are there under `key`, and their seconds."""
+        return _read_answers(*self._part(name), key) or ([], 0.0)
+
+    def _answers(self, name: str) -> tuple[Path, Path]:
+        """Where whole answers are, and the note about them."""
+        return self.path / "trajectories" / f"{name}.jsonl", self.path / "trajectories" / f"{name}.key.json"
+
+    def _part(self, name: str) -> tuple[Path, Path]:
+        """The same of parts."""
+        return self.path / "trajectories" / f"{name}.part", self.path / "trajectories" / f"{name}.part.json"
+
+    def adopt(self, donor: Path, stages: Sequence[str]) -> None:
+        """Takes over finished `stages` of another run, in their order: by settings and seed they are this run's too.
+
+        Does nothing in a run that has a checkpoint of its own. One that has only such as were taken over, because it
+        was killed at it, takes over the rest.
+        """
+        there = [name for name in stages if (donor / "checkpoints" / name).is_dir()]  # not all, with `keep_stages`
+        if (latest := self.latest()) is not None:
+            path, state = latest
+            if path.name not in there or state != _state_or_none(donor / "checkpoints" / path.name):
+                return  # the same stage, trained by both, took other times
+            there = there[there.index(path.name) + 1 :]
+        if not there:
+            return
+        stages = stages[: stages.index(there[-1]) + 1]
+        try:
+            state = _read_state(donor / "checkpoints" / stages[-1])
+        except DamagedError as error:
+            say_on_stderr(f"{error}; {self.path} does these stages itself")
+            return
+        with (donor / "metrics.jsonl").open("rb") as file:
+            write_atomically(self.path / "metrics.jsonl", file.read(state["metrics_size"]).decode("utf-8"))
+        for path in (donor / "trajectories").iterdir():
+            if path.name.startswith(tuple(f"{name}." for name in stages)):
+                _copy(path, self.path / "trajectories" / path.name)
+        for name in there:  # in their order: killed in between, it goes on from what it has, and lacks none before that
+            final = self.path / "checkpoints" / name
+            staging = final.with_name(f".{name}.staging")
+            shutil.rmtree(staging, ignore_errors=True)
+            try:
+                shutil.copytree(donor / "checkpoints" / name, staging)
+            except OSError:
+                if (donor / "checkpoints" / name).is_dir():
+                    raise
+                shutil.rmtree(staging, ignore_errors=True)
+                continue  # the donor, which goes on with its own stages, has just removed it
+            for path in [*staging.iterdir(), staging]:
+                sync(path)
+            staging.rename(final)
+
+    def save_summary(self, summary: dict[str, Any]) -> None:
+        write_atomically(self.summary_path, json.dumps(summary, indent=2) + "\n")
+
+    def save_checkpoint(self, name: str, model: "PeftModel", state: dict[str, Any]) -> None:
+        """The adapter as it stands after stage `name`, and where the run is: `stages`, and `unevaluated` if need be.
+
+        What there is from within that stage is not needed any more, and goes.
+        """
+        from searche1_lite.policy.adapter import save_adapter
+
+        final = self.path / "checkpoints" / name
+        write_sealed(final, lambda folder: save_adapter(model, folder), state)
+        _check_written(final)  # it is good: then others may go
+        self.drop_within(name)
+
+    def save_within(self, name: str, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
+        """What `write` puts into a folder, after `step` updates of stage `name`; the last few such are kept."""
+        final = self.path / "checkpoints" / f"{name}.step-{step}"
+        write_sealed(final, write, state)
+        _check_written(final)
+        earlier = [path for number, path in self._within(name) if number < step]
+        for path in earlier[: -(KEPT_WITHIN - 1)]:
+            remove_sealed(path)
+
+    def drop_within(self, name: str) -> None:
+        """Forgets how far stage `name` was."""
+        for _, path in self._within(name):
+            remove_sealed(path)
+
+    def _within(self, name: str) -> list[tuple[int, Path]]:
+        """Steps and folders of the checkpoints within stage `name`, the first first."""
+        start = f"{name}.step-"
+        numbers = ((path.name.removeprefix(start), path) for path in (self.path / "checkpoints").glob("[!.]*"))
+        return sorted((int(number), path) for number, path in numbers if number.isdecimal())
+
+    def update_checkpoint(self, name: str, state: dict[str, Any]) -> None:
+        """Replaces the state of a stage's checkpoint; of the stages before, those not to be kept any more go."""
+        update_sealed(self.path / "checkpoints" / name, state)
+        _check_written(self.path / "checkpoints" / name)
+        self.drop_within(name)  # a kill may have come between the stage's own and this
+        keep, stages = self._config.checkpoint.keep_stages, state["stages"]
+        if keep:
+            kept = {stage["name"] for stage in stages[-keep:]} | {best_stage(stages)}
+            for stage in stages:
+                path = self.path / "checkpoints" / stage["name"]
+                if stage["name"] not in kept and path.is_dir():
+                    remove_sealed(path)
+
+    def is_whole(self, name: str) -> bool:
+        """Is there a checkpoint of stage `name`, undamaged?"""
+        return _state_or_none(self.path / "checkpoints" / name) is not None
+
+    def latest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The whole checkpoint that is furthest in the run, and its state; None in a fresh folder.
+
+        The user is told of those that are damaged.
+
+        Raises:
+            UserError: if there are only damaged ones.
+        """
+        damaged: list[str] = []
+        found: list[tuple[tuple[int, int], Path]] = []
+        # A folder that begins with a dot is the staging of a save that was interrupted.
+        for path in sorted((self.path / "checkpoints").glob("[!.]*")):
+            try:
+                state = _read_state(path, files=False)
+                step = state["within"]["step"] if "within" in state else 0
+                found.append(((len(state["stages"]) + ("unevaluated" in state), step), path))
+            except DamagedError as error:
+                damaged.append(str(error))
+        for _, path in sorted(found, reverse=True):
+            try:
+                state = _read_state(path)
+            except DamagedError as error:
+                damaged.append(str(error))
+                continue
+            for fault in damaged:
+                say_on_stderr(f"{fault}; going on from {path.name}, the last whole checkpoint")
+            return path, state
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {self.path / 'checkpoints'} is whole: {damaged[0]}; put it back, or choose another "
+                "--out to begin again",
+                exit_code=1,
+            )
+        return None
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Refuses a folder without an adapter, or a damaged checkpoint, before the model is loaded for it."""
+    if not (folder / "adapter_config.json").is_file():
+        from searche1_lite.policy.model_files import no_adapter
+
+        raise no_adapter(folder)
+    if (folder / SEAL).is_file():
+        try:
+            read_sealed(folder)
+        except DamagedError as error:
+            raise UserError(f"{error}; give another checkpoint", exit_code=1) from error
+
+
+def _copy(source: Path, to: Path) -> None:
+    """A copy that is there whole or not at all, whoever else writes the same one; where possible it takes no room.
+
+    None of a run's files is changed in place once it is complete, so both may be the same one; `cut` parts them.
+    """
+    staging = to.with_name(f".{to.name}.{os.getpid()}.staging")
+    staging.unlink(missing_ok=True)
+    try:
+        os.link(source, staging)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, staging)
+        sync(staging)
+    staging.replace(to)
+    staging.unlink(missing_ok=True)  # it is left where both were the same file already
+
+
+def _check_written(folder: Path) -> None:
+    """Reads back what was just written."""
+    try:
+        read_sealed(folder)
+    except DamagedError as error:
+        raise UserError(
+            f"{error} just now: the disk does not keep what it is given; what was kept before is there", exit_code=1
+        ) from error
+
+
+def _read_answers(answers: Path, note: Path, key: str) -> tuple[list[dict[str, Any]], float] | None:
+    """What the note is about, if that is the key and it is as it was written; bytes beyond it do not count.
+
+    Told if it is not: whoever asked has it made again.
+    """
+    try:
+        kept = json.loads(note.read_text(encoding="utf-8"))
+        if kept["key"] != key:
+            return None
+        with answers.open("rb") as file:
+            text = file.read(kept["bytes"])
+        if hashlib.sha256(text).hexdigest() != kept["sha256"]:
+            say_on_stderr(f"{answers} has changed since it was written (its checksum differs); it is made again")
+            return None
+        return [json.loads(line) for line in text.splitlines()], kept["seconds"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _read_state(folder: Path, files: bool = True) -> dict[str, Any]:
+    """As `read_sealed`; a state that no run can go on from counts as damaged."""
+    state = read_sealed(folder, files)
+    if (wrong := misfit(state)) is not None:
+        raise DamagedError(f"{folder / SEAL} does not fit this version ({wrong} is of another form)")
+    return state
+
+
+def _state_or_none(folder: Path) -> dict[str, Any] | None:
+    """The state of a whole checkpoint."""
+    try:
+        return _read_state(folder)
+    except DamagedError:
+        return None
+
+
+def _rewind(path: Path, size: int) -> None:
+    if (there := _size(path)) < size:
+        say_on_stderr(
+            f"{path} has lost {size - there} of {size} bytes, so lines are missing from the report; training goes on "
+            "without them"
+        )
+        size = path.read_bytes().rfind(b"\n") + 1 if there else 0  # what follows would be added to half a line
+    cut(path, size)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _read_config(path: Path) -> Config:
+    try:
+        return load_config(file=path)
+    except UserError as error:
+        raise UserError(f"{path} does not fit this version ({error}); choose another --out") from error
+
+
+def _check_same(saved: Config, asked: Config, path: Path) -> None:
+    ours, theirs = what_counts(saved), what_counts(asked)
+    different = [key for key in ours if ours[key] != theirs[key]]
+    if different:
+        shown = ", ".join(f"{key} ({ours[key]!r} there, {theirs[key]!r} now)" for key in different[:3])
+        raise UserError(f"{path} holds a run with other settings: {shown}; use those, or choose another --out")

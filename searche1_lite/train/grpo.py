@@ -1,0 +1,351 @@
+"""GRPO through TRL: its trainer, fed by our rollouts.
+
+Vanilla GRPO: a group of rollouts a question, reward = exact match, advantage normalised within the group, one update a
+batch of fresh rollouts, clipped ratio, a small KL to the adapter as the stage began. Environment tokens are masked.
+A group whose rewards are all equal teaches nothing: it is skipped and counted. What it leaves out: reuse of a batch
+for several updates.
+"""
+
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer
+
+from searche1_lite.config import Config
+from searche1_lite.data.questions import check_enough
+from searche1_lite.data.trajectory import Question, Trajectory
+from searche1_lite.policy.adapter import drop_adapter, keep_adapter_fp32, use_adapter
+from searche1_lite.policy.logprobs import completion_hidden, token_logprobs
+from searche1_lite.policy.microbatch import micro_batches
+from searche1_lite.policy.model import compute_context
+from searche1_lite.policy.shrinking import Limit, in_smaller_passes
+from searche1_lite.rollout.reward import Reward, earned
+from searche1_lite.runtime.interrupt import Stop
+from searche1_lite.runtime.ranks import (
+    agreeing,
+    average,
+    average_gradients,
+    by_itself,
+    from_first,
+    gather,
+    hand_over,
+    merged,
+    rank,
+    world_size,
+)
+from searche1_lite.runtime.seeds import derive_seed
+from searche1_lite.train.collapse import CollapseWatch, step_figures
+from searche1_lite.train.stage_trainer import OnStep, StepReporter, drop_printer, rows_of, trainer_arguments
+from searche1_lite.train.tracking import Tracked, reporting
+from searche1_lite.train.training_state import ResumableTrainer, StageKeeper, train
+from searche1_lite.train.update_guard import UpdateGuard, finite_or_none
+
+REFERENCE = "ref"
+"""The frozen adapter that TRL adds for the KL term."""
+
+Answer = Callable[[Sequence[Question], int, Sequence[int | str]], list[Trajectory]]
+"""Questions, rollouts a question, and the parts of the seed -> trajectories."""
+
+
+class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
+    """TRL's trainer with one optimizer step as one batch of its own, which is worked off in micro-batches.
+
+    Only model-written tokens are projected onto the vocabulary. Groups whose rewards are all equal have no advantage:
+    they are skipped, and so is what little their KL to the reference would have added.
+    """
+
+    scored: torch.Tensor
+    """(B, C) 1 at the model-written tokens of the micro-batch at hand, whose log-probs are asked for."""
+    logprobs: torch.Tensor
+    """(B, C) those log-probs, as the last pass found them."""
+    beta: float
+    """TRL's: the weight of the KL to the reference."""
+
+    def __init__(
+        self, *args: Any, micro_batch_tokens: int, stop: Stop, guard: UpdateGuard | None = None, **kwargs: Any
+    ) -> None:
+        self.passes = Limit("grpo.micro_batch_tokens", micro_batch_tokens)
+        self._stop, self._guard = stop, guard or UpdateGuard("GRPO", "grpo.learning_rate")
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rollouts, their advantages, and which are `trained` on; the reference is asked later, about those only."""
+        beta, self.beta = self.beta, 0.0
+        try:
+            batch = super()._generate_and_score_completions(inputs)
+        finally:
+            self.beta = beta
+        for name in ("clipped_ratio", "mean_terminated_length", "min_terminated_length", "max_terminated_length"):
+            # TRL takes an episode that ends with `</answer>`, and not with EOS, for one that was cut off.
+            self._metrics["train"].pop(f"completions/{name}", None)
+        trained = (batch["advantages"].view(-1, self.num_generations) != 0).any(dim=1)
+        self._metrics["train"]["skipped_groups"].append(sum(gather([int((~trained).sum())])))
+        batch["trained"] = trained.repeat_interleave(self.num_generations)
+        return batch
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """TRL's loss of a whole step and its gradient, in micro-batches; the mean is over the skipped rollouts too.
+
+        If every group is skipped, there is no gradient, and the optimizer leaves weights and momentum as they are.
+        """
+        model.train()
+        policy = self.accelerator.unwrap_model(model)
+        inputs = self._prepare_inputs(inputs)
+        self._step += 1
+        # A rollout without a token of the model's has nothing to be trained on, whatever it earned.
+        written = (inputs["completion_mask"] * inputs["tool_mask"]).any(dim=1)
+        trained = (inputs["trained"] & written).nonzero().flatten()
+        if self._guard.refused:
+            trained = trained[:0]
+        lengths = inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=1)
+        sizes = lengths[trained].tolist()
+
+        def passes(budget: int) -> tuple[torch.Tensor, dict[str, float], int]:
+            self._guard.forget()
+            return self._passes(policy, inputs, [trained[batch] for batch in micro_batches(sizes, budget)])
+
+        with agreeing(self._stop), by_itself(self.accelerator, policy):
+            total, sums, tokens = in_smaller_passes(self.passes, sizes, policy, passes, "a GRPO step")
+        average_gradients(policy)
+        total = average(total)
+        hand_over(self.accelerator, policy, total)
+        sums, tokens = merged(gather([(sums, tokens)]))
+        for name, value in sums.items():
+            self._metrics["train"][name].append(value / max(1, tokens))
+        self._guard.see("loss", total)
+        return total.nan_to_num(0.0, 0.0, 0.0)  # it would spoil the loss of every later step in the log
+
+    def _passes(
+        self, model: Any, inputs: dict[str, Any], batches: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, float], int]:
+        """The loss of these batches of rows, and their gradient; of TRL's figures, each one's sum over the tokens that
+        were trained on, and the number of those."""
+        rows = len(inputs["prompt_mask"])
+        total = torch.zeros((), device=inputs["prompt_mask"].device)
+        figures, sums, tokens = self._metrics["train"], defaultdict[str, float](float), 0
+        try:
+            for batch in batches:
+                self._stop.check()
+                self._metrics["train"] = defaultdict(list)
+                with self.compute_loss_context_manager():
+                    loss = self._compute_loss(model, rows_of(inputs, batch)) * (len(batch) / rows)
+                self.accelerator.backward(loss)
+                total += loss.detach()
+                self._guard.see("log-probs", self.logprobs)
+                size = int(self.scored.sum())
+                tokens += size
+                for name, values in self._metrics["train"].items():
+                    sums[name] += size * sum(values)
+        finally:
+            self._metrics["train"] = figures
+        return total, sums, tokens
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """TRL's loss of one micro-batch, after the reference's pass over it."""
+        self.scored = inputs["completion_mask"] * inputs["tool_mask"]
+        if self.beta and "ref_per_token_logps" not in inputs:
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+            with torch.no_grad(), use_adapter(self.accelerator.unwrap_model(model), REFERENCE):
+                found = self._get_per_token_logps_and_entropies(model, ids, mask, self.scored.shape[1])
+            inputs = inputs | {"ref_per_token_logps": found[0]}
+        loss = super()._compute_loss(model, inputs)
+        if (sampled := inputs.get("sampling_per_token_logps")) is not None:
+            gap = ((sampled - self.logprobs).abs() * self.scored).sum() / self.scored.sum().clamp(min=1)
+            self._metrics["train"]["sampling_logprob_difference"].append(float(gap))
+        return loss
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """Log-probs and entropies (B, `logits_to_keep`), 0 where a token is not the model's; no loss of experts."""
+        policy = self.accelerator.unwrap_model(model)
+        split, keep = input_ids.shape[1] - logits_to_keep, self.scored.bool()
+        completion_ids = input_ids[:, split:]
+        hidden = completion_hidden(
+            policy, input_ids[:, :split], attention_mask[:, :split], completion_ids, attention_mask[:, split:], keep
+        )
+        with compute_context(policy):
+            found = token_logprobs(policy.get_output_embeddings(), hidden, completion_ids[keep], self.temperature)
+        # `masked_scatter` keeps the graph when nothing is scored, so that the backward pass still works.
+        logprobs, entropies = (values.new_zeros(keep.shape).masked_scatter(keep, values) for values in found)
+        self.logprobs = logprobs.detach()
+        return logprobs, entropies, None
+
+
+def earned_reward(prompts: list[str], completions: list[str], rewards: list[float], **_: Any) -> list[float]:
+    """The rewards that were computed from model-written tokens; TRL's own decoded text is not looked at."""
+    return rewards
+
+
+def train_grpo(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    answer: Answer,
+    questions: Sequence[Question],
+    config: Config,
+    *,
+    run_seed: int,
+    round_index: int,
+    output_dir: Path,
+    on_step: OnStep,
+    on_rollouts: Callable[[list[Trajectory]], None] | None = None,
+    deadline: float | None = None,
+    limit: int | None = None,
+    tracked: Tracked | None = None,
+    keeper: StageKeeper | None = None,
+    stop: Stop | None = None,
+    reward: Reward | None = None,
+) -> dict[str, Any]:
+    """One GRPO stage; the trained adapter is changed in place.
+
+    Args:
+        answer: gives the fresh rollouts of the policy as it is, `group_size` a question, question by question.
+        questions: training questions; each step takes `questions_per_step` of them in a seeded order.
+        on_step: told each step's figures.
+        on_rollouts: shown each step's trajectories.
+        deadline: `time.monotonic()` after which the stage ends early.
+        limit: optimizer steps, at least 1, after which it ends early.
+        tracked: the stage as TensorBoard, trackio and wandb know it; None: they are told nothing.
+        keeper: keeps the training on disk, and knows where it goes on; None: nobody does.
+        stop: looked at between passes.
+        reward: what takes the place of exact match.
+
+    Returns:
+        `{"steps", "rollout_seconds"}`, steps whose update was skipped included; `skipped`, the number of those;
+        `micro_batch_tokens` where memory made it smaller; `collapse`, what the watch told, and `ended` (`stop` or
+        `rollback`) where it ended the stage.
+
+    Raises:
+        UserError: if there are fewer questions than one step takes, or update after update has to be skipped.
+        Interrupted: if it was stopped.
+    """
+    stage, stop = config.grpo, stop or Stop()
+    if stage.steps == 0:
+        return {"steps": 0, "rollout_seconds": 0.0}
+    check_enough(questions, stage)
+    seed = derive_seed(run_seed, "grpo", round_index)
+    order = question_order(len(questions), stage.questions_per_step, stage.steps, seed % 2**31)
+    figures = {"rollout_seconds": 0.0} if keeper is None else keeper.figures
+    figures.setdefault("rollout_seconds", 0.0)
+    latest: dict[str, Any] = {"seconds": 0.0, "trajectories": []}
+
+    def roll(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
+        began = time.monotonic()
+        size = stage.group_size
+        asked = [questions[int(key)] for key in prompts[::size]]
+        if len(prompts) % size or [key for key in prompts[::size] for _ in range(size)] != list(prompts):
+            raise RuntimeError("TRL no longer passes each prompt group_size times in a row; pin trl<1.17")
+        with agreeing(stop):
+            own = answer(asked, size, (run_seed, "grpo", round_index, trainer.state.global_step))
+            rewards = [t.reward if reward is None else earned(reward, t) for t in own]
+        trajectories = gather(own)
+        own = trajectories[rank() * len(own) :][: len(own)]
+        latest["trajectories"], latest["seconds"] = trajectories, time.monotonic() - began
+        figures["rollout_seconds"] += latest["seconds"]
+        guard.check_rollouts(trajectories)
+        if on_rollouts is not None:
+            on_rollouts(trajectories)
+        kept = [t.logprobs for t in trajectories]
+        return {
+            "prompt_ids": [t.prompt_ids for t in own],
+            "completion_ids": [t.completion_ids for t in own],
+            "logprobs": None if None in kept else [t.logprobs for t in own],
+            "env_mask": [t.loss_mask for t in own],
+            "rewards": rewards,
+        }
+
+    def describe(logs: dict[str, Any]) -> dict[str, Any]:
+        trajectories = latest["trajectories"]
+        tokens = sum(t.n_model_tokens for t in trajectories)
+        record = {
+            "stage": "grpo",
+            "round": round_index,
+            **guard.figures(logs),
+            "reward": logs.get("reward"),
+            "em": sum(t.reward for t in trajectories) / len(trajectories),
+            "kl": logs.get("kl"),
+            "zero_std_fraction": logs.get("frac_reward_zero_std"),
+            "skipped_groups": int(logs["skipped_groups"]),
+            "sampling_logprob_difference": logs.get("sampling_logprob_difference"),
+            "searches": sum(t.n_searches for t in trajectories) / len(trajectories),
+            "failed_searches": sum(t.n_failed_searches for t in trajectories),
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / latest["seconds"], 1),
+            "rollout_seconds": round(latest["seconds"], 3),
+            "learning_rate": logs.get("learning_rate"),
+            **step_figures(trajectories, stage.group_size),
+        }
+        return from_first(lambda: {key: finite_or_none(value) for key, value in record.items()})
+
+    name = f"round{round_index}.grpo"
+    guard, watch = UpdateGuard(name, "grpo.learning_rate"), CollapseWatch(name, config.collapse)
+
+    def step_done(record: dict[str, Any]) -> None:
+        on_step(record)
+        watch.see(record)
+
+    reporter = StepReporter(describe, step_done, deadline, limit, keeper)
+    arguments = GRPOConfig(
+        **trainer_arguments(
+            model, config, seed=seed, output_dir=output_dir, steps=stage.steps, tracked=tracked, keeper=keeper
+        ),
+        loss_type="grpo",
+        scale_rewards="group",
+        epsilon=stage.clip,
+        beta=stage.kl_coefficient,
+        num_generations=stage.group_size,
+        num_iterations=1,
+        per_device_train_batch_size=stage.questions_per_step // world_size() * stage.group_size,
+        learning_rate=stage.learning_rate,
+        warmup_steps=round(stage.warmup_ratio * stage.steps),
+        max_grad_norm=stage.max_grad_norm,
+    )
+    try:
+        with keep_adapter_fp32(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # rollout_func announces that it is experimental
+            trainer = RolloutGRPOTrainer(
+                model=model,
+                reward_funcs=earned_reward,
+                args=arguments,
+                train_dataset=Dataset.from_dict({"prompt": [str(index) for index in order]}),
+                processing_class=tokenizer,
+                callbacks=[reporter, guard, watch],
+                rollout_func=roll,
+                micro_batch_tokens=stage.micro_batch_tokens,
+                stop=stop,
+                guard=guard,
+            )
+        for name, parameter in model.named_parameters():
+            if f".{REFERENCE}." in name:
+                parameter.requires_grad_(False)
+        drop_printer(trainer)
+        if keeper is not None:
+            keeper.hold(guard=guard, watch=watch, passes=trainer.passes)
+        with reporting(trainer, tracked):
+            train(trainer, keeper)
+    finally:
+        drop_adapter(model, REFERENCE)
+        model.eval()
+    told = {"skipped": guard.skipped} | trainer.passes.figures() | watch.figures()
+    return {"steps": reporter.steps, "rollout_seconds": round(figures["rollout_seconds"], 3)} | told
+
+
+def question_order(count: int, batch: int, steps: int, seed: int) -> list[int]:
+    """Which of `count` questions each step takes, `batch` a step: all of them in a random order, then in another one.
+
+    What is left over of an order and makes no batch is left out, as TRL does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < steps * batch:
+        order += torch.randperm(count, generator=generator).tolist()[: count - count % batch]
+    return order[: steps * batch]

@@ -1,0 +1,114 @@
+"""What the trainers of both stages have in common: their arguments, and what becomes of a step's figures."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from searche1_lite.config import Config
+from searche1_lite.policy.model import compute_dtype
+from searche1_lite.runtime.ranks import from_first, uses_deepspeed
+from searche1_lite.train.tracking import Tracked, figures_of, reporting_arguments
+from searche1_lite.train.training_state import StageKeeper, saving_arguments
+
+OnStep = Callable[[dict[str, Any]], None]
+
+
+def trainer_arguments(
+    model: PeftModel,
+    config: Config,
+    *,
+    seed: int,
+    output_dir: Path,
+    steps: int,
+    tracked: Tracked | None = None,
+    keeper: StageKeeper | None = None,
+) -> dict[str, Any]:
+    """Arguments that both stages' trainers share: a constant rate after warm-up, the order of the data as it is."""
+    return {
+        "output_dir": str(output_dir),
+        "seed": seed % 2**31,
+        "max_steps": steps,
+        "lr_scheduler_type": "constant_with_warmup",
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # asks the GPU at every step what `UpdateGuard` knows
+        "disable_tqdm": True,
+        "log_level_replica": "error",
+        "remove_unused_columns": False,
+        "gradient_checkpointing": config.model.gradient_checkpointing,
+        "use_cpu": model.device.type == "cpu",
+        # DeepSpeed would take it for an order to round the adapter; passes compute in bf16 by `compute_context` anyway.
+        "bf16": compute_dtype(model.device) == torch.bfloat16 and not uses_deepspeed(),
+        "dataloader_pin_memory": model.device.type != "cpu",
+        "temperature": config.engine.temperature,
+        "max_completion_length": config.protocol.max_completion_tokens,
+        "shuffle_dataset": False,  # the order is ours: the place in it is the step
+        **saving_arguments(keeper),
+        **reporting_arguments(tracked),
+    }
+
+
+class StepReporter(TrainerCallback):
+    """Hands each optimizer step's figures on, and stops the trainer when the time is up.
+
+    Callbacks that come after it find our figures in the log beside TRL's.
+
+    Args:
+        describe: turns TRL's log of one step into our record.
+        deadline: `time.monotonic()`; the step in which it passes is the last (so at least one is done). None: no limit.
+        limit: steps after which it stops too; None: no limit.
+        keeper: notes each step that is done.
+    """
+
+    def __init__(
+        self,
+        describe: Callable[[dict[str, Any]], dict[str, Any]],
+        on_step: OnStep,
+        deadline: float | None,
+        limit: int | None,
+        keeper: StageKeeper | None = None,
+    ) -> None:
+        self._describe, self._on_step, self._deadline, self._limit = describe, on_step, deadline, limit
+        self._keeper = keeper
+        self._began = time.monotonic()
+        self.steps = 0 if keeper is None else keeper.steps  # a stage that was stopped after its last step has no more
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.save_steps = args.save_steps  # as it is set now, not as it was where a resumed stage was stopped
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.steps = state.global_step
+        deadline = self._deadline
+        late = deadline is not None and from_first(lambda: time.monotonic() >= deadline)
+        if late or (self._limit is not None and self.steps >= self._limit):
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            seconds = time.monotonic() - self._began
+            record = {"step": state.global_step, **self._describe(logs), "seconds": round(seconds, 3)}
+            self._on_step(record)
+            logs |= figures_of(record)
+            state.log_history[-1] |= logs  # a resumed stage tells it again
+            if self._keeper is not None:
+                self._keeper.note(state.global_step)
+
+
+def rows_of(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """These rows of a batch's tensors; what belongs to the whole batch is left as it is."""
+    return {key: value[rows] if torch.is_tensor(value) and value.dim() else value for key, value in inputs.items()}
+
+
+def drop_printer(trainer: Any) -> None:
+    """Results go to stdout, so the trainer must not print its logs there."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
