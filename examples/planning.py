@@ -21,7 +21,7 @@ s1.quieten()
 
 from searche1_lite.bench.limits import Demand, step_limit
 from searche1_lite.bench.simulation import Script, Written, simulate
-from searche1_lite.train.session import EPISODES_AT_ONCE
+from searche1_lite.train.run import EPISODES_AT_ONCE
 
 LAYERS, HEAD = 2.77e9, 0.31e9
 """Parameters of Qwen2.5-3B; the output embeddings are only used where the policy writes."""

@@ -23,7 +23,7 @@ from searche1_lite.config import EngineConfig
 from searche1_lite.data.trajectory import Passage, Trajectory
 from searche1_lite.policy.shrinking import Limit
 from searche1_lite.rollout.protocol import Protocol
-from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.rollout.scheduler import Agent, Sampling, rollout
 from searche1_lite.runtime.errors import explain
 
 LEFT = 320 * 2**20
@@ -72,9 +72,12 @@ def play(policy: Policy, slots: Limit | None) -> list[Trajectory]:
     shelf = ShelfRetriever([Passage("1", "Lima", "Lima is the capital of Peru")])
     protocol = Protocol(policy[1], tiny_protocol_config(max_prompt_tokens=2000))
     return rollout(
-        *policy, shelf, protocol, QUESTIONS[:1], 128, engine=EngineConfig(batch_size=128), k=1, seed_parts=("test",),
-        prompts=[[5] * 2000], slots=slots,
-    )  # fmt: skip
+        Agent(*policy, shelf, protocol, engine=EngineConfig(batch_size=128), k=1, slots=slots),
+        QUESTIONS[:1],
+        128,
+        Sampling(("test",)),
+        prompts=[[5] * 2000],
+    )
 
 
 def main(folder: Path) -> None:

@@ -25,7 +25,7 @@ from searche1_lite.rollout.protocol import Protocol
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.serve.answer_view import AnswerView, Reasoning, comparison_table, figures
 from searche1_lite.serve.ask import Asker, AskSettings, Comparison, Event, Found, Searched, Told, Wrote, _WatchedEpisode
-from searche1_lite.train.session import Run
+from searche1_lite.train.session import Session
 from tests.conftest import byte_level_tokenizer
 
 QUESTION = "What is the mayor of Port Mitu?"
@@ -45,8 +45,8 @@ def command(folder: Path, *words: str, stdin: bytes = b"", **environment: str) -
 
 
 @pytest.fixture(scope="module")
-def work() -> Run:
-    return Run(load_config("demo"), RichTasks(quiet=True))
+def work() -> Session:
+    return Session(load_config("demo"), RichTasks(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def questions() -> list[str]:
 
 
 @pytest.fixture
-def asker(work: Run, adapter: Path, tmp_path: Path) -> Iterator[Asker]:
+def asker(work: Session, adapter: Path, tmp_path: Path) -> Iterator[Asker]:
     """With an adapter that answers otherwise than the base; the weights are put back for the next test."""
     save_adapter(work.model, tmp_path / "before")
     asker = Asker(work)
@@ -77,7 +77,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_what_happens_is_told_in_order_and_adds_up_to_the_answer(work: Run) -> None:
+def test_what_happens_is_told_in_order_and_adds_up_to_the_answer(work: Session) -> None:
     told: list[Event] = []
     answer = Asker(work).answer(f"  {QUESTION}\n", told.append)
     assert answer.question == QUESTION and answer.answer == "Dofa Togu" and answer.stopped == "answer"
@@ -89,7 +89,7 @@ def test_what_happens_is_told_in_order_and_adds_up_to_the_answer(work: Run) -> N
     assert len([event for event in answer.events if isinstance(event, Wrote)]) == 2, "one a turn"
 
 
-def test_the_json_object_has_what_the_design_promises(work: Run) -> None:
+def test_the_json_object_has_what_the_design_promises(work: Session) -> None:
     record = json.loads(json.dumps(Asker(work).answer(QUESTION).to_dict()))
     assert list(record) == ["question", "answer", "searches", "sources", "text", "tokens", "seconds", "stopped"]
     assert list(record["searches"][0]) == ["query", "passages"]
@@ -111,7 +111,7 @@ def test_whoever_listens_can_stop_the_answer_and_ask_again(asker: Asker, moment:
     assert replace(asker.answer(QUESTION), seconds=before.seconds) == before
 
 
-def test_questions_side_by_side_are_answered_as_one_by_one(work: Run, questions: list[str]) -> None:
+def test_questions_side_by_side_are_answered_as_one_by_one(work: Session, questions: list[str]) -> None:
     asker = Asker(work)
     asked = [*questions[:12], " ", QUESTION, "x" * 5000]
     together = asker.answers(asked)
@@ -151,7 +151,7 @@ def test_an_adapter_that_does_not_fit_is_named_and_the_one_before_stays(asker: A
     assert asker.adapter == adapter and adapter_digest(asker.work.model) == before
 
 
-def test_settings_change_how_the_next_question_is_answered(work: Run) -> None:
+def test_settings_change_how_the_next_question_is_answered(work: Session) -> None:
     asker = Asker(work)
     asker.set("k", "1")
     assert {len(search.passages) for search in asker.answer(QUESTION).searches} == {1}
@@ -181,7 +181,9 @@ def test_settings_change_how_the_next_question_is_answered(work: Run) -> None:
         ("heat", "1", "there is no setting 'heat'; there are: k, max_searches, temperature, seed"),
     ],
 )
-def test_an_impossible_setting_is_refused_and_changes_nothing(work: Run, name: str, value: str, message: str) -> None:
+def test_an_impossible_setting_is_refused_and_changes_nothing(
+    work: Session, name: str, value: str, message: str
+) -> None:
     asker = Asker(work)
     before = asker.settings
     with pytest.raises(UserError, match=re.escape(message)):
@@ -189,7 +191,7 @@ def test_an_impossible_setting_is_refused_and_changes_nothing(work: Run, name: s
     assert asker.settings == before
 
 
-def test_a_token_budget_that_ran_out_is_said(work: Run) -> None:
+def test_a_token_budget_that_ran_out_is_said(work: Session) -> None:
     asker = Asker(work)
     asker._protocol = Protocol(
         work.tokenizer, replace(work.protocol.config, max_completion_tokens=4, max_turn_tokens=4)
@@ -211,7 +213,7 @@ def test_a_token_budget_that_ran_out_is_said(work: Run) -> None:
         ("Who? " * 200, r"tokens, more than protocol.max_prompt_tokens=128"),
     ],
 )
-def test_a_question_that_cannot_be_put_is_refused_with_the_limit(work: Run, question: str, message: str) -> None:
+def test_a_question_that_cannot_be_put_is_refused_with_the_limit(work: Session, question: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         Asker(work).answer(question)
 
@@ -245,7 +247,7 @@ def test_reasoning_is_shown_without_tags_in_whatever_pieces_it_comes(
 
 
 @pytest.mark.parametrize("trace", ["none", "reasoning", "all"])
-def test_nothing_written_or_found_steers_the_terminal(work: Run, trace: str) -> None:
+def test_nothing_written_or_found_steers_the_terminal(work: Session, trace: str) -> None:
     answer = Asker(work).answer(QUESTION)
     passages = [Passage(HOSTILE, HOSTILE, f"{HOSTILE} is {HOSTILE}.")]
     hostile = replace(answer, question=HOSTILE, answer=HOSTILE, searches=[], sources=[])
@@ -282,7 +284,7 @@ def test_questions_of_a_pipe_come_as_they_are_ready_and_long_lines_are_cut() -> 
 
 
 def test_200_questions_from_a_pipe_give_200_json_lines_in_order(
-    work: Run, questions: list[str], tmp_path: Path
+    work: Session, questions: list[str], tmp_path: Path
 ) -> None:
     asked = [*questions[:197], f"Who is {HOSTILE}?".replace("\r", ""), "x" * 100_000, questions[0]]
     ran = command(tmp_path, stdin="\n".join(asked).encode(), PYTHONIOENCODING="ascii")

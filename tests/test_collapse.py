@@ -11,12 +11,14 @@ from safetensors.torch import load_file
 from searche1_lite.config import CollapseConfig, Config, load_config
 from searche1_lite.data.questions import load_questions
 from searche1_lite.data.trajectory import Passage, Question, Search, Trajectory, Turn
+from searche1_lite.rollout.scheduler import Sampling
 from searche1_lite.runtime.progress import SILENT
 from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.collapse import CollapseWatch, repetition, signs, step_figures, window_means
 from searche1_lite.train.grpo import train_grpo
-from searche1_lite.train.rounds import run
-from searche1_lite.train.session import Run
+from searche1_lite.train.rounds import run_training
+from searche1_lite.train.session import Session
+from searche1_lite.train.stage_trainer import StageTraining
 
 HEALTHY = {
     "unanswered_rate": 0.05, "invalid_rate": 0.1, "no_search_rate": 0.2, "repetition": 0.1, "all_wrong_fraction": 0.4,
@@ -131,19 +133,22 @@ class DemoStage:
 
     def __init__(self, folder: Path, reward: Callable[[Trajectory], float] | None = None, **settings: Any) -> None:
         config = load_config("demo", None, [f"{key.replace('__', '.')}={value}" for key, value in settings.items()])
-        work = Run(config, SILENT)
+        work = Session(config, SILENT)
         self.records: list[dict[str, Any]] = []
 
         def answer(asked: Sequence[Question], n: int, seed_parts: Sequence[int | str]) -> list[Trajectory]:
-            rollouts = work.rollout(asked, n, seed_parts, logprobs=True)
+            rollouts = work.rollout(asked, n, Sampling(seed_parts, logprobs=True))
             for rollout in rollouts if reward is not None else ():
                 rollout.reward = reward(rollout)
             return rollouts
 
         self.result = train_grpo(
-            work.model, work.tokenizer, answer, load_questions("demo", "train"), config, run_seed=0, round_index=1,
-            output_dir=folder, on_step=self.records.append,
-        )  # fmt: skip
+            work.model,
+            work.tokenizer,
+            answer,
+            load_questions("demo", "train"),
+            StageTraining(config, round_index=1, output_dir=folder, on_step=self.records.append),
+        )
         self.figures = [sign["figure"] for sign in self.result.get("collapse", ())]
 
 
@@ -203,7 +208,7 @@ def weights(folder: RunFolder, name: str) -> dict[str, Any]:
 def test_a_collapse_that_stops_ends_the_run_after_its_stage_and_for_good(tmp_path: Path, capsys) -> None:
     config = absurd("stop")
     folder = RunFolder(tmp_path / "run", config, resume=False)
-    summary = run(config, folder, SILENT)
+    summary = run_training(config, folder, SILENT)
     assert [stage["name"] for stage in summary["stages"]] == ["base", "round1.grpo"]
     ended = summary["stages"][1]
     assert ended["ended"] == "stop" and ended["steps"] < 6 and "rolled_back_to" not in ended
@@ -211,13 +216,13 @@ def test_a_collapse_that_stops_ends_the_run_after_its_stage_and_for_good(tmp_pat
     assert ended["em"] == 0.0 and (folder.path / "checkpoints" / "round1.grpo").is_dir(), "kept and evaluated as it is"
     assert json.loads(folder.summary_path.read_text()) == summary
     assert "collapse.unanswered=0.5" in capsys.readouterr().err
-    assert run(config, RunFolder(tmp_path / "run", config, resume=True), SILENT) == summary
+    assert run_training(config, RunFolder(tmp_path / "run", config, resume=True), SILENT) == summary
 
 
 def test_a_collapse_that_rolls_back_ends_the_stage_with_the_best_policy_and_the_run_goes_on(tmp_path: Path) -> None:
     config = absurd("rollback")
     folder = RunFolder(tmp_path / "run", config, resume=False)
-    summary = run(config, folder, SILENT)
+    summary = run_training(config, folder, SILENT)
     base, first, second = summary["stages"]
     assert (first["name"], second["name"]) == ("round1.grpo", "round2.grpo")
     for stage in (first, second):
@@ -230,7 +235,7 @@ def test_a_collapse_that_rolls_back_ends_the_stage_with_the_best_policy_and_the_
 def test_a_collapse_that_only_warns_lets_the_run_go_on(tmp_path: Path) -> None:
     config = absurd("warn")
     config.rounds = 1
-    summary = run(config, RunFolder(tmp_path / "run", config, resume=False), SILENT)
+    summary = run_training(config, RunFolder(tmp_path / "run", config, resume=False), SILENT)
     last = summary["stages"][-1]
     assert last["steps"] == 6 and "ended" not in last
     assert {"unanswered", "invalid", "all_wrong", "reward_drop"} <= {sign["figure"] for sign in last["collapse"]}

@@ -27,9 +27,10 @@ from searche1_lite.data.questions import load_questions
 from searche1_lite.policy.model import load_policy
 from searche1_lite.rollout.metrics import evaluate
 from searche1_lite.rollout.protocol import Protocol, parse_turn
+from searche1_lite.rollout.scheduler import Sampling
 from searche1_lite.runtime.seeds import derive_seed
 from searche1_lite.search.catalog import open_retriever
-from searche1_lite.train.session import Run
+from searche1_lite.train.session import Session
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +121,10 @@ def test_scripted_habits_waste_searches_and_miss_answers_where_good_play_does_no
 
 def test_the_untrained_demo_is_right_on_a_quarter_to_a_half_and_wastes_searches() -> None:
     config = load_config("demo")
-    work = Run(config, RichTasks(quiet=True))
+    work = Session(config, RichTasks(quiet=True))
     questions = load_questions("demo", "test")
     for greedy in (True, False):
-        metrics = evaluate(work.answer("base", questions, 1, (0, "evaluate"), greedy=greedy), seed=0)
+        metrics = evaluate(work.rollout_task("base", questions, 1, Sampling((0, "evaluate"), greedy)), seed=0)
         assert 0.25 <= metrics["em"] <= 0.5, metrics
         assert metrics["searches_per_correct"] > 2.5, "2.0 is what good play needs"
         if not greedy:

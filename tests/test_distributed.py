@@ -25,7 +25,7 @@ from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.ranks import share
 from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.processes import check_share
-from searche1_lite.train.rounds import run
+from searche1_lite.train.rounds import run_training
 from searche1_lite.train.training_state import StageKeeper, train
 
 SETTINGS = [
@@ -202,7 +202,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run as one process makes it."""
     path, config = tmp_path_factory.mktemp("alone") / "run", load_config("demo", None, SETTINGS)
-    run(config, RunFolder(path, config, resume=False), RichTasks(quiet=True))
+    run_training(config, RunFolder(path, config, resume=False), RichTasks(quiet=True))
     return path
 
 
@@ -242,7 +242,7 @@ def test_a_run_goes_on_after_one_process_was_killed_and_one_stopped_on_another_n
     assert not (path / "checkpoints" / "round1.ofsd").exists()
 
     config = load_config("demo", None, SETTINGS)
-    run(config, RunFolder(path, config, resume=True), RichTasks(quiet=True))
+    run_training(config, RunFolder(path, config, resume=True), RichTasks(quiet=True))
     assert_same_run(alone, path)
 
 

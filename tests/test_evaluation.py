@@ -22,7 +22,7 @@ from searche1_lite.evaluate.evaluation_folder import EvaluationFolder, describe
 from searche1_lite.rollout.metrics import evaluate
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.progress import SILENT
-from searche1_lite.train.session import Run
+from searche1_lite.train.session import Session
 
 BATCH = 4
 SETTINGS = [f"engine.batch_size={BATCH}", "seed=3"]
@@ -124,8 +124,8 @@ def interrupt() -> None:
 
 
 @pytest.fixture(scope="module")
-def work() -> Run:
-    return Run(load_config("demo", None, SETTINGS), SILENT)
+def work() -> Session:
+    return Session(load_config("demo", None, SETTINGS), SILENT)
 
 
 def dev_folder(path: Path, config: Config, questions: list[Question], resume: bool) -> EvaluationFolder:
@@ -133,7 +133,9 @@ def dev_folder(path: Path, config: Config, questions: list[Question], resume: bo
 
 
 @pytest.mark.parametrize("after", [1, 17, 33])
-def test_an_interruption_costs_no_more_than_what_was_answered_at_once(work: Run, tmp_path: Path, after: int) -> None:
+def test_an_interruption_costs_no_more_than_what_was_answered_at_once(
+    work: Session, tmp_path: Path, after: int
+) -> None:
     at_once = BATCHES_AT_ONCE * BATCH
     questions = load_questions("demo:dev", "test", 3 * at_once)
     whole = run_evaluation(work, questions, "agent")

@@ -28,6 +28,7 @@ from searche1_lite.data.trajectory import Question, Trajectory
 from searche1_lite.policy.adapter import save_adapter
 from searche1_lite.policy.merge import merge, save_merged
 from searche1_lite.policy.model import load_policy, resolve_model
+from searche1_lite.rollout.scheduler import Sampling
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.progress import SILENT
 from searche1_lite.serve.export import (
@@ -39,8 +40,8 @@ from searche1_lite.serve.export import (
     without_folders,
 )
 from searche1_lite.train.checkpoint import RunFolder
-from searche1_lite.train.rounds import run
-from searche1_lite.train.session import Run
+from searche1_lite.train.rounds import run_training
+from searche1_lite.train.session import Session
 
 SETTINGS = [
     "rounds=1",
@@ -59,14 +60,14 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the demo that is through, one short round."""
     folder = tmp_path_factory.mktemp("export") / "run"
     settings = load_config("demo", None, SETTINGS)
-    run(settings, RunFolder(folder, settings, False), RichTasks(quiet=True))
+    run_training(settings, RunFolder(folder, settings, False), RichTasks(quiet=True))
     return folder
 
 
 @pytest.fixture(scope="module")
-def work(run_folder: Path) -> Run:
+def work(run_folder: Path) -> Session:
     """The trained policy, as the toolkit loads it."""
-    return Run(load_config(file=run_folder / "config.yaml"), SILENT, run_folder / "checkpoints" / STAGES[-1])
+    return Session(load_config(file=run_folder / "config.yaml"), SILENT, run_folder / "checkpoints" / STAGES[-1])
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +76,9 @@ def questions() -> list[Question]:
 
 
 @pytest.fixture(scope="module")
-def answered(work: Run, questions: list[Question]) -> list[Trajectory]:
+def answered(work: Session, questions: list[Question]) -> list[Trajectory]:
     """Greedy, by the trained policy."""
-    return work.rollout(questions, 1, (0, "export"), greedy=True)
+    return work.rollout(questions, 1, Sampling((0, "export"), greedy=True))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def furthest(one: torch.nn.Module, other: torch.nn.Module, trajectories: list[Tr
 
 
 def test_plain_peft_over_the_4_bit_base_computes_what_the_toolkit_does_bit_for_bit(
-    adapter: Path, work: Run, answered: list[Trajectory]
+    adapter: Path, work: Session, answered: list[Trajectory]
 ) -> None:
     plain = PeftModel.from_pretrained(plain_base(), adapter).eval()
     for trajectory in answered[:20]:
@@ -160,7 +161,7 @@ def test_the_merged_model_is_plain_bf16_without_a_trace_of_quantisation_or_adapt
 
 
 def test_plain_transformers_and_the_merged_model_answer_as_the_trained_policy(
-    merged: Path, work: Run, questions: list[Question], answered: list[Trajectory]
+    merged: Path, work: Session, questions: list[Question], answered: list[Trajectory]
 ) -> None:
     plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     apart = furthest(plain, work.model, answered[:50])
@@ -169,14 +170,16 @@ def test_plain_transformers_and_the_merged_model_answer_as_the_trained_policy(
 
     # The same weights through the toolkit's own loop, all questions at once.
     settings = replace(work.config, model=replace(work.config.model, name=str(merged), quantization="none"))
-    ours = Run(settings, SILENT, retriever=work.retriever).rollout(questions, 1, (0, "export"), greedy=True)
+    ours = Session(settings, SILENT, retriever=work.retriever).rollout(
+        questions, 1, Sampling((0, "export"), greedy=True)
+    )
     same = sum(a.answer == b.answer for a, b in zip(ours, answered, strict=True))
     print(f"same answers: {same} of {len(questions)}")
     assert same >= 0.99 * len(questions) == 495
 
 
 def test_merging_into_the_weights_before_quantisation_is_further_from_what_was_trained(
-    merged: Path, work: Run, run_folder: Path, answered: list[Trajectory]
+    merged: Path, work: Session, run_folder: Path, answered: list[Trajectory]
 ) -> None:
     original = replace(work.config.model, quantization="none")
     policy, _ = load_policy(original, adapter=run_folder / "checkpoints" / STAGES[-1], seed=0)
@@ -217,7 +220,11 @@ def test_embeddings_that_a_checkpoint_has_apart_stay_apart_whatever_its_config_s
 
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_the_code_in_the_card_answers_as_the_toolkit_does(
-    kind: str, request: pytest.FixtureRequest, work: Run, answered: list[Trajectory], monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    request: pytest.FixtureRequest,
+    work: Session,
+    answered: list[Trajectory],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder: Path = request.getfixturevalue(kind)
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,14 @@ from searche1_lite.policy.engine import Decoder
 from searche1_lite.policy.logprobs import token_logprobs
 from searche1_lite.policy.model import load_policy
 from searche1_lite.rollout.protocol import Protocol
-from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.rollout.scheduler import Agent, Sampling, rollout
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.interrupt import Stop
 from searche1_lite.train import grpo, stage_trainer
 from searche1_lite.train.grpo import RolloutGRPOTrainer, earned_reward, question_order, train_grpo
 from searche1_lite.train.ofsd import train_ofsd
 from searche1_lite.train.pairs import select_pairs
-from searche1_lite.train.stage_trainer import trainer_arguments
+from searche1_lite.train.stage_trainer import StageTraining, trainer_arguments
 
 QUESTIONS = [Question(name, f"What about {name}?", ["Peru"]) for name in ("rivers", "a sea", "hills", "towns", "rain")]
 KEYS = {
@@ -84,23 +85,26 @@ class Stage:
         def answer(asked: Sequence[Question], n: int, seed_parts: Sequence[int | str]) -> list[Trajectory]:
             protocol = Protocol(tokenizer, config.protocol)
             return rollout(
-                model, tokenizer, shelf, protocol, asked, n, engine=config.engine, k=config.search.k,
-                seed_parts=seed_parts, logprobs=True,
-            )  # fmt: skip
+                Agent(model, tokenizer, shelf, protocol, engine=config.engine, k=config.search.k),
+                asked,
+                n,
+                Sampling(seed_parts, logprobs=True),
+            )
 
         self.result = train_grpo(
             model,
             tokenizer,
             answer,
             questions,
-            config,
-            run_seed=seed,
-            round_index=round_index,
-            output_dir=folder,
-            on_step=self.records.append,
+            StageTraining(
+                replace(config, seed=seed),
+                round_index=round_index,
+                output_dir=folder,
+                on_step=self.records.append,
+                deadline=deadline,
+                limit=limit,
+            ),
             on_rollouts=self.batches.append,
-            deadline=deadline,
-            limit=limit,
         )
 
 
@@ -237,7 +241,7 @@ def test_stages_on_a_used_policy_equal_those_on_a_freshly_loaded_one(
     used, tokenizer = talker
     config = configured()
     first = Stage(used, tokenizer, tmp_path, config)
-    pairs, _ = select_pairs([t for batch in first.batches for t in batch])
+    pairs = select_pairs([t for batch in first.batches for t in batch]).chosen
     assert len(pairs) > 1
     save_adapter(used, tmp_path / "adapter")
     fresh, _ = load_policy(ModelConfig(name=str(talking_policy_folder)), adapter=tmp_path / "adapter", seed=9)
@@ -245,9 +249,12 @@ def test_stages_on_a_used_policy_equal_those_on_a_freshly_loaded_one(
     for model in (used, fresh):
         before = adapter_weights(model)
         train_ofsd(
-            model, tokenizer, protocol, pairs, config, run_seed=0, round_index=1, output_dir=tmp_path,
-            on_step=lambda record: None,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            protocol,
+            pairs,
+            StageTraining(config, round_index=1, output_dir=tmp_path, on_step=lambda record: None),
+        )
         assert not all_equal(adapter_weights(model), before)
         Stage(model, tokenizer, tmp_path, config, round_index=2)
     assert all_equal(adapter_weights(used), adapter_weights(fresh))
@@ -465,9 +472,16 @@ def trained_on(
         return made(policy, steps[len(records)])
 
     train_grpo(
-        *policy, answer, QUESTIONS, configured(steps=len(steps), **stage), run_seed=0, round_index=1,
-        output_dir=folder, on_step=lambda record: (records.append(record), weights.append(adapter_weights(policy[0]))),
-    )  # fmt: skip
+        *policy,
+        answer,
+        QUESTIONS,
+        StageTraining(
+            configured(steps=len(steps), **stage),
+            round_index=1,
+            output_dir=folder,
+            on_step=lambda record: (records.append(record), weights.append(adapter_weights(policy[0]))),
+        ),
+    )
     return records, weights
 
 
@@ -524,9 +538,11 @@ def test_the_reference_is_asked_about_trained_rollouts_only_and_nothing_is_passe
     records: list[dict[str, Any]] = []
     rollouts = made(talker, MIXED + EQUAL)
     train_grpo(
-        *talker, lambda asked, n, seed_parts: rollouts, QUESTIONS, config, run_seed=0, round_index=1,
-        output_dir=tmp_path, on_step=records.append,
-    )  # fmt: skip
+        *talker,
+        lambda asked, n, seed_parts: rollouts,
+        QUESTIONS,
+        StageTraining(config, round_index=1, output_dir=tmp_path, on_step=records.append),
+    )
     handle.remove()
     width = max(len(t.prompt_ids) + len(t.completion_ids) for t in rollouts[:4])
     padding = talker[1].pad_token_id
@@ -543,9 +559,11 @@ def test_rollouts_of_another_policy_show_in_the_sampling_difference(talker, tmp_
         t.logprobs = [-1.0] * len(t.completion_ids)
     records: list[dict[str, Any]] = []
     train_grpo(
-        *talker, lambda asked, n, seed_parts: rollouts, QUESTIONS, configured(steps=1), run_seed=0, round_index=1,
-        output_dir=tmp_path, on_step=records.append,
-    )  # fmt: skip
+        *talker,
+        lambda asked, n, seed_parts: rollouts,
+        QUESTIONS,
+        StageTraining(configured(steps=1), round_index=1, output_dir=tmp_path, on_step=records.append),
+    )
     assert records[0]["sampling_logprob_difference"] > abs(sum(own) / len(own) + 1) / 2 > 0.01
 
 

@@ -26,7 +26,8 @@ from searche1_lite.runtime.progress import SILENT
 from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.grpo import RolloutGRPOTrainer, train_grpo
 from searche1_lite.train.ofsd import train_ofsd
-from searche1_lite.train.rounds import run
+from searche1_lite.train.rounds import run_training
+from searche1_lite.train.stage_trainer import StageTraining
 from searche1_lite.train.training_state import Resumed, StageKeeper
 from searche1_lite.train.update_guard import UpdateGuard
 
@@ -75,7 +76,7 @@ class Stage:
         self.optimizer: list[tuple[State, State]] = []
         config = configured(steps=len(rewards), **settings)
         how: dict[str, Any] = {
-            "run_seed": 0, "round_index": 1, "output_dir": folder,
+            "round_index": 1, "output_dir": folder,
             "on_step": lambda record: (self.records.append(record), self.weights.append(adapter_weights(policy[0]))),
         }  # fmt: skip
 
@@ -86,10 +87,10 @@ class Stage:
 
         with self._watched_optimizer():
             if kind == "grpo":
-                self.result = train_grpo(*policy, answer, QUESTIONS, config, **how)
+                self.result = train_grpo(*policy, answer, QUESTIONS, StageTraining(config, **how))
             else:
                 protocol = Protocol(policy[1], config.protocol)
-                self.result = train_ofsd(*policy, protocol, make_pairs(protocol)[:3], config, **how)
+                self.result = train_ofsd(*policy, protocol, make_pairs(protocol)[:3], StageTraining(config, **how))
 
     @contextmanager
     def _watched_optimizer(self) -> Iterator[None]:
@@ -227,16 +228,16 @@ def test_three_skipped_updates_in_a_row_end_the_run_with_the_last_sound_policy(
         seen.append(record)
         weights.append(adapter_weights(policy[0]))
 
-    how: dict[str, Any] = {"run_seed": 0, "round_index": 1, "output_dir": tmp_path, "on_step": on_step}
+    how: dict[str, Any] = {"round_index": 1, "output_dir": tmp_path, "on_step": on_step}
     with spoilt(policy, "gradient", set(range(2, 100))), pytest.raises(UserError) as caught:
         if stage == "grpo":
             long = configured(steps=9)
-            train_grpo(*policy, lambda *_: written(policy, MIXED + MIXED), QUESTIONS, long, **how)
+            train_grpo(*policy, lambda *_: written(policy, MIXED + MIXED), QUESTIONS, StageTraining(long, **how))
         else:
             protocol = Protocol(policy[1], config.protocol)
             long = configured()
             long.ofsd.epochs = 9
-            train_ofsd(*policy, protocol, make_pairs(protocol)[:3], long, **how)
+            train_ofsd(*policy, protocol, make_pairs(protocol)[:3], StageTraining(long, **how))
     message = str(caught.value)
     assert caught.value.exit_code == 1 and "\n" not in message
     assert f"round1.{stage} ends at step 4" in message and "--resume" in message and f"{stage}.learning_rate" in message
@@ -256,9 +257,11 @@ def test_a_stage_that_was_ended_at_its_last_step_is_resumed_with_all_its_steps_c
     def train(resumed: Resumed | None) -> dict[str, Any]:
         keeper = StageKeeper(folder, "round1.grpo", policy[0], every=0, state={"stages": []}, resumed=resumed)
         return train_grpo(
-            *policy, lambda *_: written(policy, MIXED + MIXED), QUESTIONS, config, run_seed=0, round_index=1,
-            output_dir=tmp_path, on_step=folder.log, keeper=keeper, limit=4,
-        )  # fmt: skip
+            *policy,
+            lambda *_: written(policy, MIXED + MIXED),
+            QUESTIONS,
+            StageTraining(config, round_index=1, output_dir=tmp_path, on_step=folder.log, limit=4, keeper=keeper),
+        )
 
     with spoilt(policy, "gradient", {2, 3, 4}), pytest.raises(UserError, match="ends at step 4"):
         train(None)
@@ -369,7 +372,7 @@ def test_a_run_without_a_right_answer_has_no_pairs_and_comes_to_its_end(tmp_path
         "ofsd.questions=4",
     ]  # fmt: skip
     config = load_config("demo", None, settings)
-    summary = run(config, RunFolder(tmp_path / "run", config, resume=False), SILENT)
+    summary = run_training(config, RunFolder(tmp_path / "run", config, resume=False), SILENT)
     grpo, ofsd = summary["stages"][1:]
     assert (grpo["steps"], grpo["skipped"], ofsd["steps"]) == (1, 0, 0)
     assert (ofsd["pairs"]["pairs"], ofsd["pairs"]["none_correct"], ofsd["kl"], ofsd["privilege"]) == (0, 4, {}, {})
@@ -386,7 +389,7 @@ def test_a_run_whose_every_episode_is_really_cut_off_is_told_of_and_comes_to_its
         "grpo.steps=2", "grpo.questions_per_step=2", "ofsd.questions=4", "collapse.window=2",
     ]  # fmt: skip
     config, folder = load_config("demo", None, settings), tmp_path / "run"
-    summary = run(config, RunFolder(folder, config, resume=False), SILENT)
+    summary = run_training(config, RunFolder(folder, config, resume=False), SILENT)
     base, grpo, ofsd = summary["stages"]
     assert (base["em"], grpo["em"], ofsd["em"]) == (0.0, 0.0, 0.0)
     assert (grpo["steps"], grpo["skipped"], ofsd["steps"]) == (2, 0, 0), "no fault, and nothing to do"
@@ -419,7 +422,10 @@ def test_episodes_that_were_all_really_cut_off_are_trained_on_where_they_earned_
 
     def answer(asked: Sequence[Question], n: int, seed_parts: Sequence[int | str]) -> list[Trajectory]:
         found = rollout_module.rollout(
-            *policy, shelf, protocol, asked, n, engine=config.engine, k=1, seed_parts=seed_parts, logprobs=True
+            rollout_module.Agent(*policy, shelf, protocol, engine=config.engine, k=1),
+            asked,
+            n,
+            rollout_module.Sampling(seed_parts, logprobs=True),
         )
         assert {each.stopped for each in found} == {"token_budget"}
         for each in found:
@@ -427,7 +433,7 @@ def test_episodes_that_were_all_really_cut_off_are_trained_on_where_they_earned_
         return found
 
     result = train_grpo(
-        *policy, answer, QUESTIONS, config, run_seed=0, round_index=1, output_dir=tmp_path, on_step=records.append
+        *policy, answer, QUESTIONS, StageTraining(config, round_index=1, output_dir=tmp_path, on_step=records.append)
     )
     assert (result["steps"], result["skipped"]) == (2, 0) and not all_equal(adapter_weights(policy[0]), before)
     for record in records:

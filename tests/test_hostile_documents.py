@@ -26,7 +26,7 @@ from searche1_lite.policy.engine import SampledTurn
 from searche1_lite.policy.model import load_policy
 from searche1_lite.rollout.episode import Episode
 from searche1_lite.rollout.protocol import TAGS, Protocol, escape
-from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.rollout.scheduler import Agent, Sampling, rollout
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.search.bm25 import BM25Retriever
 from searche1_lite.search.corpus import check_corpus, read_passages
@@ -316,7 +316,7 @@ def test_the_demos_policy_rolls_out_over_hostile_documents_with_every_block_whol
     questions = [Question(name, text[:50] or "Who?", ["Lima"]) for name, text in list(DOCUMENTS.items())[::12]]
     questions = [question for question in questions if question.question.strip()]
     played = rollout(
-        model, tokenizer, shelf, protocol, questions, 4, engine=EngineConfig(), k=3, seed_parts=("hostile",)
+        Agent(model, tokenizer, shelf, protocol, engine=EngineConfig(), k=3), questions, 4, Sampling(("hostile",))
     )
     assert sum(t.n_searches for t in played) > 9
     check_blocks(protocol, played)
@@ -355,15 +355,10 @@ def test_hostile_documents_come_through_a_real_index_and_the_talking_policy_sear
     model, tokenizer = fresh_policy(talking_policy_folder)
     protocol = Protocol(tokenizer, tiny_protocol_config(max_completion_tokens=4000, max_document_tokens=200))
     played = rollout(
-        model,
-        tokenizer,
-        retriever,
-        protocol,
+        Agent(model, tokenizer, retriever, protocol, engine=EngineConfig(), k=20),
         [Question("q", "What about Lima?", ["Lima"])],
         16,
-        engine=EngineConfig(),
-        k=20,
-        seed_parts=("hostile",),
+        Sampling(("hostile",)),
     )
     assert any(t.n_searches for t in played) and not any(t.correct for t in played), (
         "the policy never writes Lima there"

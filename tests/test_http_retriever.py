@@ -27,7 +27,7 @@ from searche1_lite.config import EngineConfig, SearchConfig, load_config
 from searche1_lite.data.trajectory import FailedSearch, Passage, Question, Search, Trajectory
 from searche1_lite.rollout.metrics import evaluate
 from searche1_lite.rollout.protocol import Protocol
-from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.rollout.scheduler import Agent, Sampling, rollout
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.search import http
 from searche1_lite.search.base import Retriever
@@ -391,9 +391,11 @@ def play(folder: Path, retriever: Retriever, n: int = 4) -> list[Trajectory]:
     settings = tiny_protocol_config(no_result_message="Nothing.", search_failed_message="Broken.")
     questions = [Question(name, f"What about {name}?", ["Peru"]) for name in ("rivers", "a sea", "hills")]
     return rollout(
-        model, tokenizer, retriever, Protocol(tokenizer, settings), questions, n,
-        engine=EngineConfig(batch_size=16), k=2, seed_parts=("test",),
-    )  # fmt: skip
+        Agent(model, tokenizer, retriever, Protocol(tokenizer, settings), engine=EngineConfig(batch_size=16), k=2),
+        questions,
+        n,
+        Sampling(("test",)),
+    )
 
 
 def test_episodes_over_a_server_are_those_over_its_engine(

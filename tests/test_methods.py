@@ -9,7 +9,7 @@ from searche1_lite.config import Config, EngineConfig
 from searche1_lite.data.trajectory import Passage, Question, Search, Trajectory
 from searche1_lite.evaluate.baselines import ask_by, check_questions, method_settings, parse_method, retriever_for
 from searche1_lite.rollout.protocol import Protocol
-from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.rollout.scheduler import Agent, Sampling, rollout
 from searche1_lite.runtime.errors import UserError
 
 TEMPLATES = {
@@ -88,9 +88,12 @@ def test_a_search_that_may_not_be_made_is_answered_once_and_never_reaches_the_re
     questions = [Question(str(n), "Who?", ["Peru"]) for n in range(24)]
     prompts = ask_by("no-search", questions, played, shelf, 2).prompts
     episodes = rollout(
-        model, tokenizer, shelf, played, questions, 1,
-        engine=EngineConfig(batch_size=8), k=2, seed_parts=(0, "methods"), prompts=prompts,
-    )  # fmt: skip
+        Agent(model, tokenizer, shelf, played, engine=EngineConfig(batch_size=8), k=2),
+        questions,
+        1,
+        Sampling((0, "methods")),
+        prompts=prompts,
+    )
     assert shelf.batches == [] and all(not episode.searches for episode in episodes)
     kinds = [[turn.kind for turn in episode.turns] for episode in episodes]
     assert ["search", "search"] in kinds and ["search", "answer"] in kinds and ["answer"] in kinds

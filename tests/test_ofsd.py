@@ -25,9 +25,10 @@ from transformers import PreTrainedTokenizerBase
 from searche1_lite.config import Config, EngineConfig, OFSDStageConfig
 from searche1_lite.data.trajectory import Passage, Turn
 from searche1_lite.rollout.protocol import Protocol
-from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.rollout.scheduler import Agent, Sampling, rollout
 from searche1_lite.train.ofsd import train_ofsd, trained_tokens
 from searche1_lite.train.pairs import Pair, teacher_prompts
+from searche1_lite.train.stage_trainer import StageTraining
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
 
@@ -75,13 +76,14 @@ def distil(
         tokenizer,
         Protocol(tokenizer, config.protocol),
         pairs,
-        config,
-        run_seed=0,
-        round_index=1,
-        output_dir=folder,
-        on_step=lambda record: (records.append(record), on_step(record)),
-        deadline=deadline,
-        limit=limit,
+        StageTraining(
+            config,
+            round_index=1,
+            output_dir=folder,
+            on_step=lambda record: (records.append(record), on_step(record)),
+            deadline=deadline,
+            limit=limit,
+        ),
     )
     return result, records
 
@@ -115,9 +117,12 @@ def test_the_loss_gradient_is_zero_at_every_environment_token_and_only_there(
     config.model.gradient_checkpointing = checkpointing
     with recorded_gradients(model) as gradient_of:
         train_ofsd(
-            model, tokenizer, Protocol(tokenizer, config.protocol), pairs, config, run_seed=0, round_index=1,
-            output_dir=tmp_path, on_step=lambda record: None,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            Protocol(tokenizer, config.protocol),
+            pairs,
+            StageTraining(config, round_index=1, output_dir=tmp_path, on_step=lambda record: None),
+        )
     for pair in pairs:
         trajectory = pair.reference if "objective" in stage else pair.student
         size = gradient_of(trajectory).abs().amax(dim=1)
@@ -231,9 +236,11 @@ def test_students_that_were_really_cut_off_by_the_token_budget_are_learnt_from(
 ) -> None:
     settings = tiny_protocol_config(max_turn_tokens=7, max_completion_tokens=7)
     students = rollout(
-        *policy, shelf, Protocol(policy[1], settings), [pair.reference.question for pair in pairs], 1,
-        engine=EngineConfig(), k=1, seed_parts=("test",),
-    )  # fmt: skip
+        Agent(*policy, shelf, Protocol(policy[1], settings), engine=EngineConfig(), k=1),
+        [pair.reference.question for pair in pairs],
+        1,
+        Sampling(("test",)),
+    )
     assert {student.stopped for student in students} == {"token_budget"} and not any(s.answer for s in students)
     assert {len(student.completion_ids) for student in students} == {7}
     cut_off = [Pair(pair.reference, student) for pair, student in zip(pairs, students, strict=True)]

@@ -36,12 +36,13 @@ from searche1_lite.policy.logprobs import token_logprobs
 from searche1_lite.policy.model import shadow_weights
 from searche1_lite.policy.shrinking import Limit
 from searche1_lite.rollout.protocol import Protocol
-from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.rollout.scheduler import Agent, Sampling, rollout
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.seeds import derive_seed
 from searche1_lite.train import stage_trainer
 from searche1_lite.train.grpo import train_grpo
 from searche1_lite.train.ofsd import train_ofsd
+from searche1_lite.train.stage_trainer import StageTraining
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -171,7 +172,8 @@ def test_kept_kv_equals_a_fresh_prefill(policy: Policy, plain: bool, monkeypatch
 def play(policy: Policy, shelf: ShelfRetriever, rows: int, **how: object) -> list[Trajectory]:
     protocol = Protocol(policy[1], tiny_protocol_config())
     engine_config = EngineConfig(batch_size=rows, shadow=how.pop("shadow", "always"))  # type: ignore[arg-type]
-    return rollout(*policy, shelf, protocol, QUESTIONS, 16, engine=engine_config, k=2, seed_parts=("gpu",), **how)  # type: ignore[arg-type]
+    agent = Agent(*policy, shelf, protocol, engine=engine_config, k=2)
+    return rollout(agent, QUESTIONS, 16, Sampling(("gpu",), **how))  # type: ignore[arg-type]
 
 
 def told(played: list[Trajectory]) -> list[list[int]]:
@@ -274,18 +276,18 @@ def test_a_stage_trains_the_adapter_in_fp32_and_leaves_the_4_bit_base_as_it_was(
     config, records = stage_config(), []
     protocol = Protocol(tokenizer, config.protocol)
     fixed, adapter = fixed_weights(model), adapter_weights(model)
-    how = {"run_seed": 0, "round_index": 1, "output_dir": tmp_path, "on_step": records.append}
+    how = {"round_index": 1, "output_dir": tmp_path, "on_step": records.append}
 
     def rollouts(asked, n: int, seed_parts) -> list[Trajectory]:
         return rollout(
-            *policy, shelf, protocol, asked, n, engine=config.engine, k=2, seed_parts=seed_parts, logprobs=True
-        )  # fmt: skip
+            Agent(*policy, shelf, protocol, engine=config.engine, k=2), asked, n, Sampling(seed_parts, logprobs=True)
+        )
 
     if kind == "grpo":
-        train_grpo(*policy, rollouts, QUESTIONS, config, **how)
+        train_grpo(*policy, rollouts, QUESTIONS, StageTraining(config, **how))
         assert all(record["sampling_logprob_difference"] < 0.1 for record in records if not record["skipped"])
     else:
-        train_ofsd(*policy, protocol, make_pairs(protocol), config, **how)
+        train_ofsd(*policy, protocol, make_pairs(protocol), StageTraining(config, **how))
         assert records[-1]["loss"] < records[0]["loss"]
     after = adapter_weights(model)
     assert records and all(torch.isfinite(torch.tensor(record["loss"])) for record in records)
@@ -341,9 +343,12 @@ def test_rollouts_for_which_memory_runs_out_are_the_same_in_fewer_rows(
 
     def long_prompts(slots: Limit | None) -> list[Trajectory]:
         return rollout(
-            *policy, shelf, Protocol(policy[1], config), QUESTIONS, 64, engine=EngineConfig(batch_size=256), k=1,
-            seed_parts=("gpu",), prompts=prompts, slots=slots,
-        )  # fmt: skip
+            Agent(*policy, shelf, Protocol(policy[1], config), engine=EngineConfig(batch_size=256), k=1, slots=slots),
+            QUESTIONS,
+            64,
+            Sampling(("gpu",)),
+            prompts=prompts,
+        )
 
     enough = told(long_prompts(None))
     slots = Limit("engine.batch_size", 256)

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import pytest
 
 from searche1_lite.data.trajectory import Question, Search, Trajectory
-from searche1_lite.train.pairs import select_pairs
+from searche1_lite.train.pairs import Pairs, select_pairs
 
 
 def rolled(
@@ -52,7 +52,8 @@ def test_reference_and_student_are_chosen_as_the_method_says(case: str) -> None:
     rows, students, expected = PAIRS[case]
     trajectories = [rolled(sample, *row) for sample, row in enumerate(rows)]
     for order in (trajectories, trajectories[::-1]):
-        pairs, counts = select_pairs(order, students)
+        found = select_pairs(order, students)
+        pairs, counts = found.chosen, found.counts
         assert [(pair.reference.sample, pair.student.sample) for pair in pairs] == ([expected] if expected else [])
         wrong = sum(not pair.student.correct for pair in pairs)
         assert counts == {
@@ -68,11 +69,12 @@ def test_reference_and_student_are_chosen_as_the_method_says(case: str) -> None:
 
 def test_pairs_are_one_a_question_in_the_order_in_which_questions_come() -> None:
     trajectories = [rolled(sample, sample % 2, 1 + sample, 9, question=name) for sample in range(4) for name in "cab"]
-    pairs, counts = select_pairs([*trajectories, rolled(0, 0, 1, 9, question="d")])
+    found = select_pairs([*trajectories, rolled(0, 0, 1, 9, question="d")])
+    pairs, counts = found.chosen, found.counts
     assert [pair.student.question.id for pair in pairs] == ["c", "a", "b"]
     assert all(pair.reference.question == pair.student.question for pair in pairs)
     assert counts["questions"] == 4 and counts["pairs"] == 3 and counts["none_correct"] == 1
-    assert select_pairs([]) == ([], dict.fromkeys(counts, 0))
+    assert select_pairs([]) == Pairs([], dict.fromkeys(counts, 0))
 
 
 # The rollouts of one question: reward, searches, tokens. The efficient one is 1, the student 4 (wrong, most apart).
@@ -85,7 +87,8 @@ def test_an_ablation_changes_what_is_shown_and_leaves_the_student() -> None:
         for question in range(60):
             group = [rolled(sample, *row, question=f"q{question}") for sample, row in enumerate(GROUP)]
             for order in (group, group[::-1]):
-                pairs, counts = select_pairs(order, "any", reference, seed=3)
+                found = select_pairs(order, "any", reference, seed=3)
+                pairs, counts = found.chosen, found.counts
                 assert [pair.student.sample for pair in pairs] == [4]
                 samples.add(pairs[0].reference.sample)
                 assert counts["other_references"] == (pairs[0].reference.sample != 1)
@@ -95,11 +98,13 @@ def test_an_ablation_changes_what_is_shown_and_leaves_the_student() -> None:
 
 def test_the_most_different_reference_is_measured_from_the_student() -> None:
     group = [rolled(0, 1, 2, 9), rolled(1, 1, 3, 9), rolled(2, 0, 1, 9), rolled(3, 1, 2, 40)]
-    assert [(p.reference.sample, p.student.sample) for p in select_pairs(group)[0]] == [(0, 2)]
-    assert [(p.reference.sample, p.student.sample) for p in select_pairs(group, "any", "most_different")[0]] == [(1, 2)]
+    assert [(p.reference.sample, p.student.sample) for p in select_pairs(group).chosen] == [(0, 2)]
+    assert [(p.reference.sample, p.student.sample) for p in select_pairs(group, "any", "most_different").chosen] == [
+        (1, 2)
+    ]
 
 
 def test_random_references_follow_the_seed() -> None:
     groups = [rolled(s, *row, question=f"q{question}") for question in range(30) for s, row in enumerate(GROUP)]
-    draws = [[p.reference.sample for p in select_pairs(groups, "any", "random", seed)[0]] for seed in (1, 1, 2)]
+    draws = [[p.reference.sample for p in select_pairs(groups, "any", "random", seed).chosen] for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]

@@ -30,10 +30,11 @@ from searche1_lite.policy.engine import Decoder, SampledTurn
 from searche1_lite.policy.model import load_policy
 from searche1_lite.policy.stopping import end_ids
 from searche1_lite.rollout.protocol import Protocol, parse_turn
-from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.rollout.scheduler import Agent, Sampling, rollout
 from searche1_lite.train.grpo import train_grpo
 from searche1_lite.train.ofsd import train_ofsd, training_rows
 from searche1_lite.train.pairs import Pair, select_pairs
+from searche1_lite.train.stage_trainer import StageTraining
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
 
@@ -395,15 +396,17 @@ QUESTIONS = [Question(name, f"What about {name}?", ["Lima"]) for name in ("river
 def play(policy: Policy, shelf: ShelfRetriever, n: int = 16, seed: int = 0) -> list[Trajectory]:
     model, tokenizer = policy
     return rollout(
-        model,
-        tokenizer,
-        shelf,
-        Protocol(tokenizer, tiny_protocol_config()),
+        Agent(
+            model,
+            tokenizer,
+            shelf,
+            Protocol(tokenizer, tiny_protocol_config()),
+            engine=EngineConfig(batch_size=64),
+            k=2,
+        ),
         QUESTIONS,
         n,
-        engine=EngineConfig(batch_size=64),
-        k=2,
-        seed_parts=("qwen", seed),
+        Sampling(("qwen", seed)),
     )
 
 
@@ -426,7 +429,7 @@ def test_stored_ids_are_the_sampled_and_inserted_ones_and_ids_without_a_token_ha
         for seed in range(3):  # alone in its batch, so that what was picked is what this episode sampled
             sampled.clear()
             (t,) = rollout(
-                model, tokenizer, shelf, protocol, [question], 1, engine=EngineConfig(), k=2, seed_parts=(seed,)
+                Agent(model, tokenizer, shelf, protocol, engine=EngineConfig(), k=2), [question], 1, Sampling((seed,))
             )
             expected: list[int] = []
             mask: list[int] = []
@@ -480,9 +483,12 @@ def test_grpo_trains_on_the_very_ids(policy_folder: Path, shelf: ShelfRetriever,
     records: list[dict] = []
     with recorded_gradients(model) as gradient_of:
         train_grpo(
-            model, tokenizer, answer, QUESTIONS, run_config(),
-            run_seed=0, round_index=1, output_dir=tmp_path, on_step=records.append,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            answer,
+            QUESTIONS,
+            StageTraining(run_config(), round_index=1, output_dir=tmp_path, on_step=records.append),
+        )
         assert math.isfinite(records[0]["loss"]) and records[0]["grad_norm"] > 0
         groups = [played[first : first + 4] for first in range(0, len(played), 4)]
         trained = [t for group in groups if len({t.reward for t in group}) > 1 for t in group]
@@ -496,7 +502,7 @@ def test_distillation_trains_on_the_very_ids(policy_folder: Path, shelf: ShelfRe
     protocol = Protocol(tokenizer, tiny_protocol_config())
     rare = [t for t in play((model, tokenizer), shelf) if {151_700, 151_935} & set(t.completion_ids)]
     wrong, right = next(t for t in rare if not t.correct), next(t for t in rare if t.correct)
-    pairs = [*select_pairs(play((model, tokenizer), shelf, n=8))[0][:3], Pair(reference=right, student=wrong)]
+    pairs = [*select_pairs(play((model, tokenizer), shelf, n=8)).chosen[:3], Pair(reference=right, student=wrong)]
     rows = training_rows(protocol, pairs, run_config())
     for row, pair in zip(rows, pairs, strict=True):
         assert row["completion"] is pair.student.completion_ids and row["mask"] is pair.student.loss_mask
@@ -507,9 +513,12 @@ def test_distillation_trains_on_the_very_ids(policy_folder: Path, shelf: ShelfRe
     records: list[dict] = []
     with recorded_gradients(model) as gradient_of:
         train_ofsd(
-            model, tokenizer, protocol, pairs, run_config(),
-            run_seed=0, round_index=1, output_dir=tmp_path, on_step=records.append,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            protocol,
+            pairs,
+            StageTraining(run_config(), round_index=1, output_dir=tmp_path, on_step=records.append),
+        )
         for pair in pairs:
             gradient_of(pair.student)
     assert all(math.isfinite(record["loss"]) for record in records) and len(records) == -(-len(pairs) // 4)

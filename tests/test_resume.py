@@ -24,7 +24,7 @@ from searche1_lite.rollout.reward import Written, exact_match
 from searche1_lite.runtime.interrupt import Interrupted, Stop
 from searche1_lite.train import session as loaded_run
 from searche1_lite.train.checkpoint import RunFolder
-from searche1_lite.train.rounds import run
+from searche1_lite.train.rounds import run_training
 
 SETTINGS = [
     "rounds=1",
@@ -102,10 +102,10 @@ def play(
     monkeypatch.setattr(loaded_run, "Stop", Counting)
     folder = KeepsAll(path, config, resume=True)
     if stop_at is None:
-        run(config, folder, tasks, reward=drawn)
+        run_training(config, folder, tasks, reward=drawn)
     else:
         with pytest.raises(Interrupted) as caught:
-            run(config, folder, tasks, reward=drawn)
+            run_training(config, folder, tasks, reward=drawn)
         assert caught.value.exit_code == 143
     return points
 

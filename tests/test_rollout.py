@@ -24,7 +24,7 @@ from searche1_lite.policy.stopping import end_ids
 from searche1_lite.rollout import scheduler as rollout_module
 from searche1_lite.rollout.episode import Episode
 from searche1_lite.rollout.protocol import Protocol
-from searche1_lite.rollout.scheduler import Play, RolloutTimes, rollout
+from searche1_lite.rollout.scheduler import Agent, Hooks, Play, RolloutTimes, Sampling, rollout
 from searche1_lite.runtime.errors import UserError
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
@@ -44,17 +44,17 @@ def play(policy: Policy, shelf: ShelfRetriever, n: int = 4, **settings: object) 
     own = {key: settings.pop(key, value) for key, value in arguments.items()}
     model, tokenizer = policy
     return rollout(
-        model,
-        tokenizer,
-        shelf,
-        Protocol(tokenizer, tiny_protocol_config(**settings)),
+        Agent(
+            model,
+            tokenizer,
+            shelf,
+            Protocol(tokenizer, tiny_protocol_config(**settings)),
+            engine=EngineConfig(batch_size=own["batch_size"], shadow=own["shadow"]),
+            k=own["k"],
+        ),
         own["questions"],
         n,
-        engine=EngineConfig(batch_size=own["batch_size"], shadow=own["shadow"]),
-        k=own["k"],
-        seed_parts=("test", own["seed"]),
-        greedy=own["greedy"],
-        logprobs=own["logprobs"],
+        Sampling(("test", own["seed"]), greedy=own["greedy"], logprobs=own["logprobs"]),
     )
 
 
@@ -508,7 +508,11 @@ def test_the_time_spent_adds_up(talker: Policy, shelf) -> None:
     times = RolloutTimes()
     protocol = Protocol(tokenizer, tiny_protocol_config())
     trajectories = rollout(
-        model, tokenizer, shelf, protocol, QUESTIONS, 2, engine=EngineConfig(), k=3, seed_parts=(0,), times=times
+        Agent(model, tokenizer, shelf, protocol, engine=EngineConfig(), k=3),
+        QUESTIONS,
+        2,
+        Sampling((0,)),
+        hooks=Hooks(times=times),
     )
     assert 0 < times.prefill + times.decode + times.search_wait <= times.total
     assert times.decode_steps >= max(t.n_model_tokens for t in trajectories) and times.search > 0
@@ -534,12 +538,12 @@ def test_prompts_that_are_given_take_the_place_of_the_plain_ones(talker: Policy,
     model, tokenizer = talker
     protocol = Protocol(tokenizer, tiny_protocol_config())
     prompts = [tokenizer.encode(f"{index}: go on\n") for index in range(len(QUESTIONS))]
-    arguments = {"engine": EngineConfig(batch_size=4), "k": 1, "seed_parts": (0,)}
-    given = rollout(model, tokenizer, shelf, protocol, QUESTIONS, 2, prompts=prompts, **arguments)
+    agent = Agent(model, tokenizer, shelf, protocol, engine=EngineConfig(batch_size=4), k=1)
+    given = rollout(agent, QUESTIONS, 2, Sampling((0,)), prompts=prompts)
     assert [t.prompt_ids for t in given] == [prompt for prompt in prompts for _ in range(2)]
     assert [t.question for t in given] == [question for question in QUESTIONS for _ in range(2)]
     plain = [protocol.prompt_ids(question.question) for question in QUESTIONS]
-    same = [rollout(model, tokenizer, shelf, protocol, QUESTIONS, 2, prompts=p, **arguments) for p in (plain, None)]
+    same = [rollout(agent, QUESTIONS, 2, Sampling((0,)), prompts=p) for p in (plain, None)]
     assert same[0] == same[1]
 
 
@@ -561,9 +565,12 @@ def test_prompts_longer_than_usual_take_fewer_rows_and_give_the_same(talker: Pol
     def run(given: list[list[int]] | None) -> list[Trajectory]:
         rows.clear()
         return rollout(
-            model, tokenizer, shelf, protocol, asked, 2, engine=EngineConfig(batch_size=8), k=1, seed_parts=(1,),
+            Agent(model, tokenizer, shelf, protocol, engine=EngineConfig(batch_size=8), k=1),
+            asked,
+            2,
+            Sampling((1,)),
             prompts=given,
-        )  # fmt: skip
+        )
 
     usual = run(prompts)
     assert rows == [8] and [t.completion_ids for t in usual] == [t.completion_ids for t in run(None)]
@@ -593,8 +600,8 @@ def test_progress_adds_up_to_every_episode(talker: Policy, shelf, tokens: int) -
     told: list[int] = []
     model, tokenizer = talker
     protocol = Protocol(tokenizer, tiny_protocol_config(max_completion_tokens=tokens))
-    arguments = {"engine": EngineConfig(batch_size=4), "k": 1, "seed_parts": (0,), "on_progress": told.append}
-    rollout(model, tokenizer, shelf, protocol, QUESTIONS, 3, **arguments)
+    agent = Agent(model, tokenizer, shelf, protocol, engine=EngineConfig(batch_size=4), k=1)
+    rollout(agent, QUESTIONS, 3, Sampling((0,)), hooks=Hooks(on_progress=told.append))
     assert sum(told) == 12 and all(count > 0 for count in told)
 
 

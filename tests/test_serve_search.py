@@ -20,7 +20,7 @@ from searche1_lite.data.demo_world import load_demo_questions
 from searche1_lite.data.trajectory import Passage
 from searche1_lite.policy.model import load_policy
 from searche1_lite.rollout.protocol import Protocol
-from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.rollout.scheduler import Agent, Sampling, rollout
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.search.bm25 import BM25Retriever
 from searche1_lite.search.http import TOKEN_VARIABLE, HTTPRetriever, parse_answer
@@ -97,9 +97,11 @@ def test_a_rollout_over_http_is_the_rollout_over_the_index() -> None:
 
     def play(retriever: object) -> list[dict[str, object]]:
         played = rollout(
-            model, tokenizer, retriever, Protocol(tokenizer, config.protocol), load_demo_questions("dev")[:8], 2,
-            engine=config.engine, k=3, seed_parts=("http",),
-        )  # fmt: skip
+            Agent(model, tokenizer, retriever, Protocol(tokenizer, config.protocol), engine=config.engine, k=3),
+            load_demo_questions("dev")[:8],
+            2,
+            Sampling(("http",)),
+        )
         assert any(trajectory.searches for trajectory in played)
         return [trajectory.to_dict() for trajectory in played]
 

@@ -32,11 +32,12 @@ from searche1_lite.policy.microbatch import micro_batches
 from searche1_lite.policy.shrinking import Limit, is_out_of_memory, smaller_micro_batches
 from searche1_lite.rollout import scheduler as rollout_module
 from searche1_lite.rollout.protocol import Protocol
-from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.rollout.scheduler import Agent, Hooks, Sampling, rollout
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.train.diagnostics import watch
 from searche1_lite.train.grpo import RolloutGRPOTrainer, train_grpo
 from searche1_lite.train.ofsd import train_ofsd
+from searche1_lite.train.stage_trainer import StageTraining
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]
 
@@ -97,7 +98,7 @@ class Stage:
             ofsd=OFSDStageConfig(**shared, batch_size=4, epochs=2),
         )
         how: dict[str, Any] = {
-            "run_seed": 0, "round_index": 1, "output_dir": folder, "on_step": self.records.append,
+            "round_index": 1, "output_dir": folder, "on_step": self.records.append,
         }  # fmt: skip
 
         def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -107,10 +108,10 @@ class Stage:
         handle = register_optimizer_step_pre_hook(keep)
         try:
             if kind == "grpo":
-                self.result = train_grpo(*policy, lambda *_: written(policy), QUESTIONS, config, **how)
+                self.result = train_grpo(*policy, lambda *_: written(policy), QUESTIONS, StageTraining(config, **how))
             else:
                 protocol = Protocol(policy[1], config.protocol)
-                self.result = train_ofsd(*policy, protocol, make_pairs(protocol), config, **how)
+                self.result = train_ofsd(*policy, protocol, make_pairs(protocol), StageTraining(config, **how))
         finally:
             handle.remove()
         self.end = adapter_weights(policy[0])
@@ -251,9 +252,13 @@ def play(
     model, tokenizer = policy
     protocol = Protocol(tokenizer, tiny_protocol_config())
     return rollout(
-        model, tokenizer, shelf, protocol, QUESTIONS, n, engine=EngineConfig(batch_size=64), k=3, seed_parts=("test",),
-        logprobs=True, slots=slots, on_progress=on_progress, prompts=prompts,
-    )  # fmt: skip
+        Agent(model, tokenizer, shelf, protocol, engine=EngineConfig(batch_size=64), k=3, slots=slots),
+        QUESTIONS,
+        n,
+        Sampling(("test",), logprobs=True),
+        prompts=prompts,
+        hooks=Hooks(on_progress=on_progress),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,15 @@ from searche1_lite.config import Config, load_config
 from searche1_lite.data.trajectory import Question, Search, Trajectory, Turn
 from searche1_lite.rollout.metrics import evaluate
 from searche1_lite.rollout.reward import exact_match
+from searche1_lite.rollout.scheduler import Sampling
 from searche1_lite.serve.ask import Asker
 from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.diagnostics import watch
 from searche1_lite.train.ofsd import train_ofsd
 from searche1_lite.train.pairs import Pair
-from searche1_lite.train.rounds import run
-from searche1_lite.train.session import Run
+from searche1_lite.train.rounds import run_training
+from searche1_lite.train.session import Session
+from searche1_lite.train.stage_trainer import StageTraining
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "countries"
 SPLITS = ("train", "dev", "evaluation")
@@ -157,16 +159,16 @@ def settings(builder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 @pytest.fixture(scope="module")
-def work(settings: Config) -> Iterator[Run]:
+def work(settings: Config) -> Iterator[Session]:
     """The untrained policy with its search engine, loaded once."""
-    yield Run(settings, RichTasks(quiet=True))
+    yield Session(settings, RichTasks(quiet=True))
 
 
 QUESTION = Question("MAR-calling_code-2", "What is the calling code of the country whose capital is Rabat?", ["212"])
 OTHER = Question("PER-currency-1", "What is the currency code of Peru?", ["PEN"])
 
 
-def written(work: Run, question: Question, turns: list[str]) -> Trajectory:
+def written(work: Session, question: Question, turns: list[str]) -> Trajectory:
     """An episode in which a policy writes these turns and reads what the search engine really finds."""
     protocol, tokenizer = work.protocol, work.tokenizer
     t = Trajectory(question, 0, protocol.prompt_ids(question.question), [], [], [], [], "answer")
@@ -192,7 +194,7 @@ def test_a_round_in_miniature_runs_and_only_a_spread_of_rewards_moves_the_adapte
     settings: Config, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    summary = run(settings, RunFolder(folder, settings, False), RichTasks(quiet=True))
+    summary = run_training(settings, RunFolder(folder, settings, False), RichTasks(quiet=True))
     assert [stage["name"] for stage in summary["stages"]] == ["base", "round1.grpo", "round1.ofsd"]
     for stage in summary["stages"]:
         assert stage["n"] == 2 and 0 <= stage["em_ci95"][0] <= stage["em"] <= stage["em_ci95"][1] <= 1
@@ -208,14 +210,14 @@ def test_a_round_in_miniature_runs_and_only_a_spread_of_rewards_moves_the_adapte
     assert all_equal(base, trained) == (step["zero_std_fraction"] == 1.0)
 
 
-def test_the_examples_in_the_prompt_are_enough_for_the_base_to_search_and_read(work: Run) -> None:
+def test_the_examples_in_the_prompt_are_enough_for_the_base_to_search_and_read(work: Session) -> None:
     result = Asker(work).answer("What is the calling code of Peru?").to_dict()
     assert result["searches"] and result["stopped"] == "answer"
     assert "Peru" in result["searches"][0]["query"] and result["searches"][0]["passages"][0]["id"] == "PER-codes"
     assert result["answer"] == "51"
 
 
-def test_distillation_moves_the_adapter_towards_the_teacher_and_leaves_the_base(work: Run, tmp_path: Path) -> None:
+def test_distillation_moves_the_adapter_towards_the_teacher_and_leaves_the_base(work: Session, tmp_path: Path) -> None:
     right = written(
         work,
         QUESTION,
@@ -236,9 +238,12 @@ def test_distillation_moves_the_adapter_towards_the_teacher_and_leaves_the_base(
     adapter, fixed = adapter_weights(work.model), fixed_weights(work.model)
     records: list[dict] = []
     result = train_ofsd(
-        work.model, work.tokenizer, work.protocol, pairs, work.config,
-        run_seed=0, round_index=1, output_dir=tmp_path, on_step=records.append,
-    )  # fmt: skip
+        work.model,
+        work.tokenizer,
+        work.protocol,
+        pairs,
+        StageTraining(work.config, round_index=1, output_dir=tmp_path, on_step=records.append),
+    )
     assert result["steps"] == len(records) == 1
     assert math.isfinite(records[0]["loss"]) and records[0]["grad_norm"] > 0
     assert records[0]["loss"] == pytest.approx(before["pairs"], rel=0.01), "at first the teacher is the policy itself"
@@ -250,8 +255,8 @@ def test_distillation_moves_the_adapter_towards_the_teacher_and_leaves_the_base(
                 parameter.copy_(adapter[name.replace(".default.", ".")])
 
 
-def test_evaluation_reports_both_kinds_of_question(work: Run) -> None:
+def test_evaluation_reports_both_kinds_of_question(work: Session) -> None:
     questions = [Question(q.id, q.question, q.golden_answers, {"hops": n}) for n, q in ((2, QUESTION), (1, OTHER))]
-    metrics = evaluate(work.answer("evaluate", questions, 1, (0, "evaluate"), greedy=True), seed=0)
+    metrics = evaluate(work.rollout_task("evaluate", questions, 1, Sampling((0, "evaluate"), greedy=True)), seed=0)
     assert metrics["n"] == 2 and metrics["em_by_hops"].keys() == {"1", "2"}
     assert metrics["searches_per_question"] > 0 and 0 <= metrics["em"] <= 1

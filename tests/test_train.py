@@ -18,7 +18,7 @@ from searche1_lite.config import load_config
 from searche1_lite.report.trajectories import read_trajectories
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.train.checkpoint import RunFolder
-from searche1_lite.train.rounds import run
+from searche1_lite.train.rounds import run_training
 
 SETTINGS = [
     "grpo.steps=2",
@@ -238,10 +238,10 @@ def test_a_stage_interrupted_in_its_evaluation_is_not_trained_again(tmp_path: Pa
     ]
     config = load_config("demo", None, [*settings, "data.evaluation_limit=4"])
     with pytest.raises(KeyboardInterrupt):
-        run(config, RunFolder(tmp_path / "run", config, False), Interrupted("round1.grpo: evaluate"))
+        run_training(config, RunFolder(tmp_path / "run", config, False), Interrupted("round1.grpo: evaluate"))
     trained = (tmp_path / "run" / "checkpoints" / "round1.grpo" / "adapter_model.safetensors").read_bytes()
     resumed = Interrupted()
-    summary = run(config, RunFolder(tmp_path / "run", config, True), resumed)
+    summary = run_training(config, RunFolder(tmp_path / "run", config, True), resumed)
     assert resumed.begun == ["round1.grpo: evaluate"]
     assert [stage["name"] for stage in summary["stages"]] == ["base", "round1.grpo"]
     assert summary["stages"][1]["steps"] == 1 and summary["stages"][1]["n"] == 4
@@ -258,5 +258,5 @@ def test_a_question_too_long_for_a_prompt_is_refused_before_anything_is_written(
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = load_config("demo", None, [f"data.train={questions}"])
     with pytest.raises(UserError, match="protocol.max_prompt_tokens=128"):
-        run(config, RunFolder(tmp_path / "run", config, False), RichTasks(quiet=True))
+        run_training(config, RunFolder(tmp_path / "run", config, False), RichTasks(quiet=True))
     assert not (tmp_path / "run").exists()

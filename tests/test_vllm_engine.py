@@ -31,10 +31,10 @@ from searche1_lite.policy.vllm_engine import (
     save_plain_base,
 )
 from searche1_lite.rollout.protocol import Protocol
-from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.rollout.scheduler import Agent, Hooks, Sampling, rollout
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.progress import SILENT
-from searche1_lite.train.session import Run
+from searche1_lite.train.session import Session
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed: pip install -e '.[vllm]'")
@@ -58,7 +58,7 @@ def test_a_missing_package_is_told_in_one_line_before_anything_is_loaded() -> No
     with pytest.raises(
         UserError, match=r"^engine\.backend=vllm needs vLLM.*pip install -e '\.\[vllm\]' in the .*$"
     ) as e:
-        Run(config, SILENT)
+        Session(config, SILENT)
     assert "\n" not in str(e.value)
 
 
@@ -204,19 +204,18 @@ def play(demo, demo_config, demo_retriever, demo_questions) -> Callable[..., lis
     model, tokenizer, engine = demo
 
     def played(vllm: bool, n: int = 1, **how: object) -> list[Trajectory]:
-        return rollout(
+        agent = Agent(
             model,
             tokenizer,
             how.pop("retriever", demo_retriever),
             Protocol(tokenizer, demo_config.protocol),
-            how.pop("questions", demo_questions),
-            n,
             engine=EngineConfig(backend="vllm" if vllm else "torch", batch_size=how.pop("rows", 32)),
             k=3,
-            seed_parts=("test",),
             decoder=engine.decoder if vllm else Decoder,
-            **how,
         )
+        questions = how.pop("questions", demo_questions)
+        sampling = Sampling(("test",), how.pop("greedy", False), how.pop("logprobs", False))
+        return rollout(agent, questions, n, sampling, hooks=Hooks(**how))
 
     return played
 

@@ -31,7 +31,7 @@ from searche1_lite.serve.ask import Asker
 from searche1_lite.serve.guards import GuardedServer, Place, listen
 from searche1_lite.serve.web.app import PAGE_PATHS, create_app
 from searche1_lite.serve.web.desk import MOST_WAITING, Desk
-from searche1_lite.train.session import Run
+from searche1_lite.train.session import Session
 from tests.conftest import ShelfRetriever
 
 QUESTION = "What is the mayor of Port Mitu?"
@@ -60,7 +60,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def asker(adapter: Path) -> Asker:
-    return Asker(Run(load_config("demo", None, LONG), RichTasks(quiet=True), adapter), adapter)
+    return Asker(Session(load_config("demo", None, LONG), RichTasks(quiet=True), adapter), adapter)
 
 
 class Page:

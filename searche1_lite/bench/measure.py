@@ -158,6 +158,7 @@ def _rollout(
 ) -> None:
     """The second GRPO step's rollouts, when the optimizer has its state; the first step is on very short episodes."""
     from searche1_lite.train.grpo import train_grpo
+    from searche1_lite.train.stage_trainer import StageTraining
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
     short = deepcopy(config)
@@ -174,9 +175,12 @@ def _rollout(
         return [_trajectory(short, vocabulary, int(q.id), sample) for q in asked for sample in range(n)]
 
     train_grpo(
-        model, tokenizer, answer, _questions(config), short,
-        run_seed=0, round_index=1, output_dir=folder, on_step=lambda record: None,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        answer,
+        _questions(config),
+        StageTraining(short, round_index=1, output_dir=folder, on_step=lambda record: None),
+    )
 
 
 def _questions(config: Config) -> "list[Question]":
@@ -216,6 +220,7 @@ def _decode(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Co
 def _grpo_step(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config: Config, folder: Path) -> float:
     """Seconds a trajectory."""
     from searche1_lite.train.grpo import train_grpo
+    from searche1_lite.train.stage_trainer import StageTraining
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
     records: list[dict[str, Any]] = []
@@ -224,9 +229,12 @@ def _grpo_step(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config:
         return [_trajectory(config, vocabulary, int(q.id), sample) for q in asked for sample in range(n)]
 
     result = train_grpo(
-        model, tokenizer, answer, _questions(config), config,
-        run_seed=0, round_index=1, output_dir=folder, on_step=records.append,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        answer,
+        _questions(config),
+        StageTraining(config, round_index=1, output_dir=folder, on_step=records.append),
+    )
     _check_not_shrunk(result)
     return records[-1]["seconds"] / (config.grpo.questions_per_step * config.grpo.group_size)
 
@@ -235,12 +243,16 @@ def _ofsd_step(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", config:
     """Seconds a pair."""
     from searche1_lite.rollout.protocol import Protocol
     from searche1_lite.train.ofsd import train_ofsd
+    from searche1_lite.train.stage_trainer import StageTraining
 
     records: list[dict[str, Any]] = []
     result = train_ofsd(
-        model, tokenizer, Protocol(tokenizer, config.protocol), _pairs(model, config), config,
-        run_seed=0, round_index=1, output_dir=folder, on_step=records.append,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        Protocol(tokenizer, config.protocol),
+        _pairs(model, config),
+        StageTraining(config, round_index=1, output_dir=folder, on_step=records.append),
+    )
     _check_not_shrunk(result)
     return records[-1]["seconds"] / config.ofsd.batch_size
 

@@ -31,7 +31,7 @@ from searche1_lite.policy.model import load_policy
 from searche1_lite.policy.shrinking import give_memory_back, is_out_of_memory
 from searche1_lite.rollout.episode import Episode
 from searche1_lite.rollout.protocol import Action, Protocol
-from searche1_lite.rollout.scheduler import RolloutTimes, rollout
+from searche1_lite.rollout.scheduler import Agent, Hooks, RolloutTimes, Sampling, rollout
 from searche1_lite.runtime.progress import say_on_stderr
 from searche1_lite.search.base import Retriever
 from searche1_lite.search.catalog import open_retriever
@@ -128,19 +128,19 @@ class Workload:
     ) -> list[Trajectory]:
         """The engine's rollouts."""
         return rollout(
-            self.model,
-            self.tokenizer,
-            retriever,
-            self.protocol,
+            Agent(
+                self.model,
+                self.tokenizer,
+                retriever,
+                self.protocol,
+                engine=self.config.engine,
+                k=self.config.search.k,
+                decoder=decoder,
+            ),
             questions,
             n,
-            engine=self.config.engine,
-            k=self.config.search.k,
-            seed_parts=(0, "bench"),
-            greedy=self.greedy,
-            episode=episode,
-            times=times,
-            decoder=decoder,
+            Sampling((0, "bench"), greedy=self.greedy),
+            hooks=Hooks(episode=episode, times=times),
         )
 
 

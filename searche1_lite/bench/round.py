@@ -10,7 +10,7 @@ from typing import Any
 from searche1_lite.config import load_config
 from searche1_lite.search.index import cache_folder
 from searche1_lite.train.checkpoint import RunFolder
-from searche1_lite.train.rounds import run
+from searche1_lite.train.rounds import run_training
 
 
 class TaskTimer:
@@ -41,7 +41,7 @@ def measure_round(quick: bool = False, on_part: Callable[[str], None] = lambda n
     config, timer = load_config("demo", None, settings), TaskTimer()
     cache_folder().mkdir(parents=True, exist_ok=True)  # /tmp may lie in memory
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-        summary = run(config, RunFolder(Path(folder) / "run", config, False), timer)
+        summary = run_training(config, RunFolder(Path(folder) / "run", config, False), timer)
     return round_shares(timer.seconds, summary["stages"][1]["rollout_seconds"])
 
 

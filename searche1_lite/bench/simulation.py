@@ -19,7 +19,7 @@ from searche1_lite.policy.engine import Decoder, SampledTurn
 from searche1_lite.policy.stopping import TagAutomaton
 from searche1_lite.rollout.episode import Episode
 from searche1_lite.rollout.protocol import Action
-from searche1_lite.rollout.scheduler import Play, RolloutTimes, Seat
+from searche1_lite.rollout.scheduler import Hooks, Play, RolloutTimes, Seat
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def simulate(scripts: Sequence[Script], rows: int, costs: Costs, *, in_step: boo
     searcher = _CountingSearcher(costs, found)
     seats = [Seat(_ReplayedEpisode(script, costs, found), None, script.group) for script in scripts]
     times = RolloutTimes()
-    Play(decoder, _Unasked(), 0, rows, in_step, times, None, None, None, searcher).run(seats)
+    Play(decoder, _Unasked(), 0, rows, in_step, Hooks(times=times), searcher).run(seats)
     found.decode_steps, found.prefill_tokens = times.decode_steps, times.prefill_tokens
     return found
 

@@ -106,9 +106,9 @@ def train_policy(
             retriever = retriever or _open(config, yes, progress, say)
         if quiet:
             quieten()
-        from searche1_lite.train.rounds import run
+        from searche1_lite.train.rounds import run_training
 
-        return run(config, folder, progress, questions, retriever=retriever, reward=reward)
+        return run_training(config, folder, progress, questions, retriever=retriever, reward=reward)
     finally:
         folder.release()  # a notebook holds on to an error, and so to all that was there when it was raised
 
@@ -179,9 +179,9 @@ def evaluate_policy(
         quieten()
     from searche1_lite.evaluate.evaluation import run_evaluation
     from searche1_lite.search.base import fingerprint_of
-    from searche1_lite.train.session import Run
+    from searche1_lite.train.session import Session
 
-    work = Run(method_settings(config, chosen), progress, adapter, retriever)
+    work = Session(method_settings(config, chosen), progress, adapter, retriever)
     if folder:
         folder.searches(fingerprint_of(work.retriever))
     result = run_evaluation(work, questions, chosen, folder) | {
@@ -236,9 +236,9 @@ def open_asker(
         if quiet:
             quieten()
         from searche1_lite.serve.ask import Asker
-        from searche1_lite.train.session import Run
+        from searche1_lite.train.session import Session
 
-        return Asker(Run(config, SILENT, adapter, opened), adapter)
+        return Asker(Session(config, SILENT, adapter, opened), adapter)
 
 
 def serve_page(

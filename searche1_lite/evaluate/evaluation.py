@@ -11,8 +11,9 @@ from searche1_lite.data.trajectory import Question, Trajectory
 from searche1_lite.evaluate.baselines import Method, ask_by, check_questions
 from searche1_lite.evaluate.evaluation_folder import EvaluationFolder
 from searche1_lite.rollout.metrics import Outcome, outcome, summarize
+from searche1_lite.rollout.scheduler import Sampling
 from searche1_lite.runtime.errors import UserError
-from searche1_lite.train.session import Run
+from searche1_lite.train.session import Session
 
 BATCHES_AT_ONCE = 4
 """Times `engine.batch_size` questions are answered, then kept: the most that an interruption can cost. Each time ends
@@ -20,7 +21,7 @@ with fewer and fewer episodes side by side, so it should not be few questions ei
 
 
 def run_evaluation(
-    work: Run, questions: Sequence[Question], method: Method, folder: EvaluationFolder | None = None
+    work: Session, questions: Sequence[Question], method: Method, folder: EvaluationFolder | None = None
 ) -> dict[str, Any]:
     """Greedy answers to `questions`, and what `summarize` makes of them.
 
@@ -45,7 +46,7 @@ def run_evaluation(
 
 
 def _outcomes(
-    work: Run, questions: Sequence[Question], method: Method, folder: EvaluationFolder | None
+    work: Session, questions: Sequence[Question], method: Method, folder: EvaluationFolder | None
 ) -> list[Outcome]:
     """Of all questions, those that were answered before among them."""
     outcomes: list[Outcome] = []
@@ -76,11 +77,11 @@ def _outcomes(
 
 
 def _answer(
-    work: Run, questions: Sequence[Question], method: Method, advance: Callable[[int], None]
+    work: Session, questions: Sequence[Question], method: Method, advance: Callable[[int], None]
 ) -> list[Trajectory]:
     asked = ask_by(method, questions, work.protocol, work.retriever, work.config.search.k)
     trajectories = work.rollout(
-        questions, 1, (work.config.seed, "evaluate"), greedy=True, prompts=asked.prompts, on_progress=advance
+        questions, 1, Sampling((work.config.seed, "evaluate"), greedy=True), asked.prompts, advance
     )
     for trajectory, given in zip(trajectories, asked.given, strict=True):
         trajectory.given = given

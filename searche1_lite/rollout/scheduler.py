@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
@@ -48,53 +48,73 @@ class RolloutTimes:
     prefill_tokens: int = 0
 
 
+@dataclass(slots=True)
+class Agent:
+    """A policy that searches: the model with its adapter, the search engine, and the protocol between them."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    retriever: Retriever
+    protocol: Protocol
+    engine: EngineConfig
+    k: int
+    """Passages a search."""
+    slots: Limit | None = None
+    """In place of `engine.batch_size`: lowered when memory runs out, and unfinished episodes are played again. None:
+    the error is the caller's."""
+    decoder: Callable[..., RolloutDecoder] = Decoder
+    """Makes the decoder; `VllmEngine.decoder` for vLLM's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. An episode's seed is `derive_seed(*seed_parts, question.id, sample)`."""
+
+    seed_parts: Sequence[int | str]
+    greedy: bool = False
+    logprobs: bool = False
+    """Keep the log-probs of the sampled tokens."""
+
+
+@dataclass(slots=True)
+class Hooks:
+    """What is called while episodes are played. An exception ends the rollout; nothing of it is kept."""
+
+    on_progress: Callable[[int], None] | None = None
+    """Receives the number of episodes finished since its last call."""
+    on_token: Callable[[Episode, int], None] | None = None
+    """Receives each token as the policy writes it."""
+    check: Callable[[], None] | None = None
+    """Called before each step, and while waiting for passages."""
+    episode: Callable[..., Episode] = Episode
+    """Makes an episode; replaced by scripted episodes in benchmarks."""
+    times: RolloutTimes = field(default_factory=RolloutTimes)
+    """Where the time spent is added up."""
+
+
 @torch.inference_mode()
 def rollout(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    retriever: Retriever,
-    protocol: Protocol,
+    agent: Agent,
     questions: Sequence[Question],
     n: int,
+    sampling: Sampling,
     *,
-    engine: EngineConfig,
-    k: int,
-    seed_parts: Sequence[int | str],
-    greedy: bool = False,
-    logprobs: bool = False,
     prompts: Sequence[list[int]] | None = None,
-    on_progress: Callable[[int], None] | None = None,
-    on_token: Callable[[Episode, int], None] | None = None,
-    check: Callable[[], None] | None = None,
-    episode: Callable[..., Episode] = Episode,
-    times: RolloutTimes | None = None,
-    slots: Limit | None = None,
-    decoder: Callable[..., RolloutDecoder] = Decoder,
+    hooks: Hooks | None = None,
 ) -> list[Trajectory]:
     """`n` fresh episodes for each question, question by question.
 
-    A trajectory depends on its own seed, `derive_seed(*seed_parts, question.id, sample)`, not on the batch it is in (to
-    the precision of the arithmetic: in bf16 a GPU's kernels may round otherwise for another batch shape).
+    A trajectory depends on its own seed, not on the batch it is in (to the precision of the arithmetic: in bf16 a GPU's
+    kernels may round differently for another batch shape).
 
     Args:
-        model: the policy with the adapter to act with active; its train/eval mode is put back afterwards.
-        k: passages a search.
-        logprobs: keep the log-probs of the sampled tokens.
-        prompts: token ids of each question's prompt; default: the plain one.
-        on_progress: told the number of episodes finished since it was last called.
-        on_token: told each token that the policy writes, as it writes it, before anything follows from it. What it
-            raises ends the rollout; nothing is kept of it, and model and retriever can be used again.
-        check: called before each step, and while passages are waited for. What it raises ends the rollout too.
-        episode: makes an episode, to be replaced where a benchmark writes the script or someone watches.
-        times: where the time spent is added up, by part.
-        slots: in place of `engine.batch_size`; if memory runs out, it is lowered and what was unfinished is
-            played again. None: the error is the caller's.
-        decoder: makes what writes: `VllmEngine.decoder` for vLLM's, or one that a benchmark watches.
+        prompts: token ids of each question's prompt; default: the plain prompt.
 
     Raises:
-        UserError: with `slots`, if an episode by itself is too much.
+        UserError: with `agent.slots`, if a single episode does not fit into memory.
     """
-    began, times = time.perf_counter(), times or RolloutTimes()
+    model, protocol, hooks = agent.model, agent.protocol, hooks or Hooks()
+    began = time.perf_counter()
     room = protocol.config.max_completion_tokens
     longest = usual = protocol.config.max_prompt_tokens
     if prompts is None:
@@ -106,8 +126,7 @@ def rollout(
         return []
 
     def rows_for(size: int) -> int:
-        """Rows that take as much memory as `size` usual ones: fewer where prompts are longer, as those that show a
-        reference are."""
+        """Rows that take the memory of `size` usual ones: fewer where prompts are longer, as with a reference shown."""
         return min(len(seats), max(1, size * (usual + room) // (longest + room)))
 
     def fill_seats() -> list[Seat]:
@@ -116,8 +135,10 @@ def rollout(
             if seat is None or not seat.episode.over:
                 group, sample = divmod(place, n)
                 question = questions[group]
-                stream = None if greedy else UniformStream(derive_seed(*seed_parts, question.id, sample))
-                seats[place] = Seat(episode(question, sample, prompts[group], protocol, logprobs), stream, group)
+                seed = derive_seed(*sampling.seed_parts, question.id, sample)
+                stream = None if sampling.greedy else UniformStream(seed)
+                episode = hooks.episode(question, sample, prompts[group], protocol, sampling.logprobs)
+                seats[place] = Seat(episode, stream, group)
         return [seat for seat in seats if seat is not None]
 
     cpu = model.device.type == "cpu"
@@ -125,30 +146,30 @@ def rollout(
     def play(size: int) -> list[Seat]:
         filled = fill_seats()
         rows = rows_for(size)
-        with rollout_context(model, engine, rows):
-            writer = decoder(
+        with rollout_context(model, agent.engine, rows):
+            decoder = agent.decoder(
                 model,
-                tokenizer,
+                agent.tokenizer,
                 rows,
                 max(map(len, prompts)) + room,
-                temperature=engine.temperature,
-                greedy=greedy,
-                logprobs=logprobs,
+                temperature=agent.engine.temperature,
+                greedy=sampling.greedy,
+                logprobs=sampling.logprobs,
             )
             waiting = [seat for seat in filled if not seat.episode.over]
             try:
-                Play(writer, retriever, k, rows, cpu, times, on_progress, on_token, check).run(waiting)
+                Play(decoder, agent.retriever, agent.k, rows, cpu, hooks).run(waiting)
             finally:
-                writer.close()
+                decoder.close()
         return filled
 
     was_training = model.training
     model.eval()
     try:
-        if slots is None:
-            played = play(engine.batch_size)
+        if agent.slots is None:
+            played = play(agent.engine.batch_size)
         else:
-            played = slots.until_it_fits(
+            played = agent.slots.until_it_fits(
                 play,
                 lambda size: _fewer(size, rows_for),
                 "rollouts",
@@ -159,7 +180,7 @@ def rollout(
         if not cpu:
             torch.cuda.empty_cache()
     trajectories = [seat.episode.finish() for seat in played]
-    times.total += time.perf_counter() - began
+    hooks.times.total += time.perf_counter() - began
     return trajectories
 
 
@@ -205,16 +226,12 @@ class Play:
         k: int,
         rows: int,
         in_step: bool,
-        times: RolloutTimes,
-        on_progress: Callable[[int], None] | None,
-        on_token: Callable[[Episode, int], None] | None,
-        check: Callable[[], None] | None,
+        hooks: Hooks,
         searcher: Executor = _SEARCHER,
     ) -> None:
-        self._check, self._searcher = check, searcher
         self._decoder, self._retriever, self._k = decoder, retriever, k
-        self._in_step, self._times = in_step, times
-        self._on_progress, self._on_token = on_progress, on_token
+        self._in_step, self._searcher, self._times = in_step, searcher, hooks.times
+        self._check, self._on_progress, self._on_token = hooks.check, hooks.on_progress, hooks.on_token
         self._at: list[Seat | None] = [None] * rows
         self._step = self._over = 0
         self._queue: deque[Seat] = deque()

@@ -18,10 +18,10 @@ from searche1_lite.policy.engine import SampledTurn
 from searche1_lite.policy.stopping import end_ids
 from searche1_lite.rollout.episode import Episode
 from searche1_lite.rollout.protocol import Action, Protocol, check_question
-from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.rollout.scheduler import Hooks, Sampling, rollout
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.serve.sources import Source, find_sources
-from searche1_lite.train.session import Run
+from searche1_lite.train.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ class Asker:
         adapter: where its adapter was loaded from, if it was.
     """
 
-    def __init__(self, work: Run, adapter: Path | None = None) -> None:
+    def __init__(self, work: Session, adapter: Path | None = None) -> None:
         self.work, self.adapter = work, adapter
         self.settings = AskSettings(work.config.search.k, work.config.protocol.max_searches, seed=work.config.seed)
         self._bare = False
@@ -263,21 +263,21 @@ class Asker:
         work, settings = self.work, self.settings
         greedy = settings.temperature == 0
         with use_adapter(work.model, None) if bare or self._bare else nullcontext():
-            return rollout(
-                work.model,
-                work.tokenizer,
-                work.retriever,
-                self._protocol,
-                # One name for all: an answer depends on seed and question, not on what was asked beside it.
-                [Question("question", question, [""]) for question in questions],
-                1,
+            agent = replace(
+                work.agent,
+                protocol=self._protocol,
                 engine=work.engine if greedy else replace(work.engine, temperature=settings.temperature),
                 k=settings.k,
-                seed_parts=(settings.seed, "ask"),
-                greedy=greedy,
+                slots=None,
+            )
+            return rollout(
+                agent,
+                # One id for all: an answer depends on seed and question, not on the questions beside it.
+                [Question("question", question, [""]) for question in questions],
+                1,
+                Sampling((settings.seed, "ask"), greedy),
                 prompts=prompts,
-                decoder=work.decoder,
-                **watched,
+                hooks=Hooks(**watched),
             )
 
 

@@ -21,10 +21,13 @@ from searche1_lite.policy.logprobs import completion_hidden
 from searche1_lite.policy.microbatch import micro_batches
 from searche1_lite.policy.model import compute_context
 from searche1_lite.policy.shrinking import Limit, one_alone, smaller_micro_batches
+from searche1_lite.rollout.metrics import evaluate
 from searche1_lite.rollout.protocol import Protocol
+from searche1_lite.rollout.scheduler import Sampling
 from searche1_lite.runtime.interrupt import Stop
 from searche1_lite.train.ofsd import padded
 from searche1_lite.train.pairs import Pair, teacher_prompts
+from searche1_lite.train.session import Session
 
 WATCHED = 64
 """Pairs that are looked at, at most."""
@@ -160,6 +163,26 @@ def watch(
         for kind in ("plain", "foreign")[: len(shown)]:
             means[kind] = sum(sum(values.kl) for values in measure(shown, kind)) / tokens
     return means, records
+
+
+def compare_teacher(
+    session: Session, pairs: Sequence[Pair], name: str, seed_parts: Sequence[int | str], limit: int = WATCHED
+) -> dict[str, dict[str, float]]:
+    """Fresh sampled answers to the pairs' questions under both prompts, with the same weights.
+
+    Returns:
+        `{"teacher", "student"}`, each with `em` and `searches_per_question`; empty without pairs.
+    """
+    shown = pairs[:limit]
+    kinds = {"student": "plain", "teacher": "privileged"}
+    result: dict[str, dict[str, float]] = {}
+    for who, kind in kinds.items() if shown else ():
+        prompts = teacher_prompts(session.protocol, shown, kind, session.config.ofsd.reference_documents)
+        questions = [pair.reference.question for pair in shown]
+        episodes = session.rollout_task(f"{name} ({kind})", questions, 1, Sampling(seed_parts), prompts)
+        metrics = evaluate(episodes, session.config.seed)
+        result[who] = {key: metrics[key] for key in ("em", "searches_per_question")}
+    return result
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
-from searche1_lite.config import Config
 from searche1_lite.data.questions import check_enough
 from searche1_lite.data.trajectory import Question, Trajectory
 from searche1_lite.policy.adapter import drop_adapter, keep_adapter_fp32, use_adapter
@@ -43,9 +42,9 @@ from searche1_lite.runtime.ranks import (
 )
 from searche1_lite.runtime.seeds import derive_seed
 from searche1_lite.train.collapse import CollapseWatch, step_figures
-from searche1_lite.train.stage_trainer import OnStep, StepReporter, drop_printer, rows_of, trainer_arguments
-from searche1_lite.train.tracking import Tracked, reporting
-from searche1_lite.train.training_state import ResumableTrainer, StageKeeper, train
+from searche1_lite.train.stage_trainer import StageTraining, StepReporter, drop_printer, rows_of, trainer_arguments
+from searche1_lite.train.tracking import reporting
+from searche1_lite.train.training_state import ResumableTrainer, train
 from searche1_lite.train.update_guard import UpdateGuard, finite_or_none
 
 REFERENCE = "ref"
@@ -191,52 +190,39 @@ def train_grpo(
     tokenizer: PreTrainedTokenizerBase,
     answer: Answer,
     questions: Sequence[Question],
-    config: Config,
+    training: StageTraining,
     *,
-    run_seed: int,
-    round_index: int,
-    output_dir: Path,
-    on_step: OnStep,
     on_rollouts: Callable[[list[Trajectory]], None] | None = None,
-    deadline: float | None = None,
-    limit: int | None = None,
-    tracked: Tracked | None = None,
-    keeper: StageKeeper | None = None,
-    stop: Stop | None = None,
     reward: Reward | None = None,
 ) -> dict[str, Any]:
     """One GRPO stage; the trained adapter is changed in place.
 
     Args:
-        answer: gives the fresh rollouts of the policy as it is, `group_size` a question, question by question.
+        answer: gives fresh rollouts of the current policy, `group_size` a question, question by question.
         questions: training questions; each step takes `questions_per_step` of them in a seeded order.
-        on_step: told each step's figures.
-        on_rollouts: shown each step's trajectories.
-        deadline: `time.monotonic()` after which the stage ends early.
-        limit: optimizer steps, at least 1, after which it ends early.
-        tracked: the stage as TensorBoard, trackio and wandb know it; None: they are told nothing.
-        keeper: keeps the training on disk, and knows where it goes on; None: nobody does.
-        stop: looked at between passes.
-        reward: what takes the place of exact match.
+        on_rollouts: receives each step's trajectories.
+        reward: replaces exact match.
 
     Returns:
         `{"steps", "rollout_seconds"}`, steps whose update was skipped included; `skipped`, the number of those;
-        `micro_batch_tokens` where memory made it smaller; `collapse`, what the watch told, and `ended` (`stop` or
-        `rollback`) where it ended the stage.
+        `micro_batch_tokens` where memory made it smaller; `collapse`, the signs that the watch reported, and `ended`
+        (`stop` or `rollback`) where it ended the stage.
 
     Raises:
         UserError: if there are fewer questions than one step takes, or update after update has to be skipped.
         Interrupted: if it was stopped.
     """
-    stage, stop = config.grpo, stop or Stop()
+    config, stage, keeper = training.config, training.config.grpo, training.keeper
     if stage.steps == 0:
         return {"steps": 0, "rollout_seconds": 0.0}
     check_enough(questions, stage)
-    seed = derive_seed(run_seed, "grpo", round_index)
+    index, name = training.round_index, f"round{training.round_index}.grpo"
+    seed = derive_seed(config.seed, "grpo", index)
     order = question_order(len(questions), stage.questions_per_step, stage.steps, seed % 2**31)
-    figures = {"rollout_seconds": 0.0} if keeper is None else keeper.figures
+    figures = {} if keeper is None else keeper.figures
     figures.setdefault("rollout_seconds", 0.0)
     latest: dict[str, Any] = {"seconds": 0.0, "trajectories": []}
+    guard, watch = UpdateGuard(name, "grpo.learning_rate"), CollapseWatch(name, config.collapse)
 
     def roll(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
         began = time.monotonic()
@@ -244,8 +230,8 @@ def train_grpo(
         asked = [questions[int(key)] for key in prompts[::size]]
         if len(prompts) % size or [key for key in prompts[::size] for _ in range(size)] != list(prompts):
             raise RuntimeError("TRL no longer passes each prompt group_size times in a row; pin trl<1.17")
-        with agreeing(stop):
-            own = answer(asked, size, (run_seed, "grpo", round_index, trainer.state.global_step))
+        with agreeing(training.stop):
+            own = answer(asked, size, (config.seed, "grpo", index, trainer.state.global_step))
             rewards = [t.reward if reward is None else earned(reward, t) for t in own]
         trajectories = gather(own)
         own = trajectories[rank() * len(own) :][: len(own)]
@@ -268,7 +254,7 @@ def train_grpo(
         tokens = sum(t.n_model_tokens for t in trajectories)
         record = {
             "stage": "grpo",
-            "round": round_index,
+            "round": index,
             **guard.figures(logs),
             "reward": logs.get("reward"),
             "em": sum(t.reward for t in trajectories) / len(trajectories),
@@ -286,18 +272,13 @@ def train_grpo(
         }
         return from_first(lambda: {key: finite_or_none(value) for key, value in record.items()})
 
-    name = f"round{round_index}.grpo"
-    guard, watch = UpdateGuard(name, "grpo.learning_rate"), CollapseWatch(name, config.collapse)
-
     def step_done(record: dict[str, Any]) -> None:
-        on_step(record)
+        training.on_step(record)
         watch.see(record)
 
-    reporter = StepReporter(describe, step_done, deadline, limit, keeper)
+    reporter = StepReporter(describe, replace(training, on_step=step_done))
     arguments = GRPOConfig(
-        **trainer_arguments(
-            model, config, seed=seed, output_dir=output_dir, steps=stage.steps, tracked=tracked, keeper=keeper
-        ),
+        **trainer_arguments(model, training, seed, stage.steps),
         loss_type="grpo",
         scale_rewards="group",
         epsilon=stage.clip,
@@ -321,7 +302,7 @@ def train_grpo(
                 callbacks=[reporter, guard, watch],
                 rollout_func=roll,
                 micro_batch_tokens=stage.micro_batch_tokens,
-                stop=stop,
+                stop=training.stop,
                 guard=guard,
             )
         for name, parameter in model.named_parameters():
@@ -330,13 +311,13 @@ def train_grpo(
         drop_printer(trainer)
         if keeper is not None:
             keeper.hold(guard=guard, watch=watch, passes=trainer.passes)
-        with reporting(trainer, tracked):
+        with reporting(trainer, training.tracked):
             train(trainer, keeper)
     finally:
         drop_adapter(model, REFERENCE)
         model.eval()
-    told = {"skipped": guard.skipped} | trainer.passes.figures() | watch.figures()
-    return {"steps": reporter.steps, "rollout_seconds": round(figures["rollout_seconds"], 3)} | told
+    result = {"steps": reporter.steps, "rollout_seconds": round(figures["rollout_seconds"], 3)}
+    return result | {"skipped": guard.skipped} | trainer.passes.figures() | watch.figures()
 
 
 def question_order(count: int, batch: int, steps: int, seed: int) -> list[int]:

@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -43,9 +42,9 @@ from searche1_lite.runtime.ranks import (
 )
 from searche1_lite.runtime.seeds import derive_seed
 from searche1_lite.train.pairs import Pair, teacher_prompts
-from searche1_lite.train.stage_trainer import OnStep, StepReporter, drop_printer, rows_of, trainer_arguments
-from searche1_lite.train.tracking import Tracked, reporting
-from searche1_lite.train.training_state import ResumableTrainer, StageKeeper, train
+from searche1_lite.train.stage_trainer import StageTraining, StepReporter, drop_printer, rows_of, trainer_arguments
+from searche1_lite.train.tracking import reporting
+from searche1_lite.train.training_state import ResumableTrainer, train
 from searche1_lite.train.update_guard import UpdateGuard
 
 TEACHER = "teacher"
@@ -215,25 +214,9 @@ def train_ofsd(
     tokenizer: PreTrainedTokenizerBase,
     protocol: Protocol,
     pairs: Sequence[Pair],
-    config: Config,
-    *,
-    run_seed: int,
-    round_index: int,
-    output_dir: Path,
-    on_step: OnStep,
-    deadline: float | None = None,
-    limit: int | None = None,
-    tracked: Tracked | None = None,
-    keeper: StageKeeper | None = None,
-    stop: Stop | None = None,
+    training: StageTraining,
 ) -> dict[str, Any]:
     """One OFSD stage; the trained adapter is changed in place, the snapshot is dropped at the end.
-
-    Args:
-        deadline: `time.monotonic()` after which the stage ends early.
-        limit: optimizer steps, at least 1, after which it ends early.
-        keeper: keeps the training on disk, and knows where it goes on; None: nobody does.
-        stop: looked at between passes.
 
     Returns:
         `{"steps"}`: updates done, skipped ones included; none without pairs, or with one alone for a foreign reference.
@@ -243,11 +226,11 @@ def train_ofsd(
         UserError: if update after update has to be skipped.
         Interrupted: if it was stopped.
     """
-    stage = config.ofsd
+    config, stage, keeper = training.config, training.config.ofsd, training.keeper
     steps = ofsd_steps(pairs, stage)
     if steps == 0:
         return {"steps": 0}
-    seed = derive_seed(run_seed, "ofsd", round_index)
+    seed = derive_seed(config.seed, "ofsd", training.round_index)
     order: list[int] = []
     rng = Random(seed)
     while len(order) < steps * stage.batch_size:
@@ -256,18 +239,16 @@ def train_ofsd(
     def describe(logs: dict[str, Any]) -> dict[str, Any]:
         record = {
             "stage": "ofsd",
-            "round": round_index,
+            "round": training.round_index,
             **guard.figures(logs),
             "learning_rate": logs.get("learning_rate"),
         }
         return from_first(lambda: record)
 
-    guard = UpdateGuard(f"round{round_index}.ofsd", "ofsd.learning_rate")
-    reporter = StepReporter(describe, on_step, deadline, limit, keeper)
+    guard = UpdateGuard(f"round{training.round_index}.ofsd", "ofsd.learning_rate")
+    reporter = StepReporter(describe, training)
     arguments = DistillationConfig(
-        **trainer_arguments(
-            model, config, seed=seed, output_dir=output_dir, steps=steps, tracked=tracked, keeper=keeper
-        ),
+        **trainer_arguments(model, training, seed, steps),
         per_device_train_batch_size=stage.batch_size // world_size(),
         learning_rate=stage.learning_rate,
         warmup_steps=round(stage.warmup_ratio * steps),
@@ -287,13 +268,13 @@ def train_ofsd(
                 callbacks=[reporter, guard],
                 rows=training_rows(protocol, pairs, config),
                 settings=stage,
-                stop=stop or Stop(),
+                stop=training.stop,
                 guard=guard,
             )
         drop_printer(trainer)
         if keeper is not None:
             keeper.hold(guard=guard, passes=trainer.passes)
-        with reporting(trainer, tracked):
+        with reporting(trainer, training.tracked):
             train(trainer, keeper)
     finally:
         drop_adapter(model, TEACHER)

@@ -23,6 +23,16 @@ class Pair:
     student: Trajectory
 
 
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The pairs of a stage, at most one a question."""
+
+    chosen: list[Pair]
+    counts: dict[str, int]
+    """`questions`, `pairs`, `none_correct`, `none_less_efficient`, `wrong_students`, `correct_students`, and
+    `other_references` (references that are not the most efficient rollout)."""
+
+
 def _efficiency(trajectory: Trajectory) -> tuple[int, int]:
     return trajectory.n_searches, trajectory.n_model_tokens
 
@@ -41,8 +51,8 @@ def difference(one: Trajectory, other: Trajectory) -> tuple[int, float, int]:
 
 def select_pairs(
     trajectories: Sequence[Trajectory], students: str = "any", reference: str = "efficient", seed: int = 0
-) -> tuple[list[Pair], dict[str, int]]:
-    """At most one pair a question, in the order in which the questions come.
+) -> Pairs:
+    """At most one pair a question, in the order of the questions.
 
     The reference is the correct rollout with the fewest searches, then the fewest model tokens, then the lowest sample.
     The student is the rollout that differs most from it (`difference`; ties: the lowest sample): a wrong one if there
@@ -54,10 +64,6 @@ def select_pairs(
         reference: `efficient`, or what takes the place of the reference once the student is chosen: `random_correct`,
             `most_different` or `random` (see `ofsd.reference`).
         seed: of the random ones, drawn question by question.
-
-    Returns:
-        The pairs, and counts: `questions`, `pairs`, `none_correct`, `none_less_efficient`, `wrong_students`,
-        `correct_students`, and `other_references` (that are not the efficient one).
     """
     groups: dict[str, list[Trajectory]] = {}
     for trajectory in trajectories:
@@ -82,7 +88,7 @@ def select_pairs(
         shown = best if reference == "efficient" else _other_reference(group, student, reference, seed)
         counts["other_references"] += shown is not best
         pairs.append(Pair(shown, student))
-    return pairs, {"questions": len(groups), "pairs": len(pairs), **counts}
+    return Pairs(pairs, {"questions": len(groups), "pairs": len(pairs), **counts})
 
 
 def _other_reference(group: Sequence[Trajectory], student: Trajectory, reference: str, seed: int) -> Trajectory:

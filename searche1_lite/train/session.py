@@ -1,50 +1,37 @@
-"""What a run, an evaluation or a session works with: model, search engine, protocol, loaded once."""
+"""A policy and its search engine, loaded once: what training, evaluations and interactive sessions work with."""
 
-import hashlib
-import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from searche1_lite.config import Config, EngineConfig, what_counts
+from searche1_lite.config import Config, EngineConfig
 from searche1_lite.data.trajectory import Question, Trajectory
-from searche1_lite.policy.adapter import adapter_digest
 from searche1_lite.policy.engine import Decoder, RolloutDecoder, uses_shadow
 from searche1_lite.policy.model import load_policy, shadow_bytes
 from searche1_lite.policy.shrinking import Limit
 from searche1_lite.rollout.protocol import Protocol
-from searche1_lite.rollout.reward import Reward
 from searche1_lite.rollout.samples import sample_table
-from searche1_lite.rollout.scheduler import rollout
+from searche1_lite.rollout.scheduler import Agent, Hooks, Sampling, rollout
 from searche1_lite.runtime.interrupt import Stop
 from searche1_lite.runtime.progress import Progress, say_on_stderr
 from searche1_lite.runtime.ranks import agreeing, gather, share, world_size
 from searche1_lite.search.base import Retriever
 from searche1_lite.search.catalog import open_retriever
-from searche1_lite.train.checkpoint import RunFolder
-from searche1_lite.train.schedule import Stage
-from searche1_lite.train.training_state import Resumed, StageKeeper
-
-EPISODES_AT_ONCE = 16
-"""Times `engine.batch_size` episodes are played, then kept: the most that an interruption can cost. Each time ends with
-fewer and fewer of them side by side, so it should not be few."""
 
 
-class Run:
-    """The things a run works with, loaded once.
+class Session:
+    """The model, the search engine and the protocol of one config.
 
     Args:
-        retriever: the search engine, if it is open already; or one that is being opened while the model is loaded.
-        reward: what GRPO rewards in the place of exact match.
+        adapter: folder of the adapter to load; None: a fresh one.
+        retriever: the search engine if it is already open, or a future of one that is opened while the model loads.
     """
 
     def __init__(
@@ -53,9 +40,8 @@ class Run:
         progress: Progress,
         adapter: Path | None = None,
         retriever: "Retriever | Future[Retriever] | None" = None,
-        reward: Reward | None = None,
     ) -> None:
-        self.config, self.progress, self.reward, self.stop = config, progress, reward, Stop()
+        self.config, self.progress, self.stop = config, progress, Stop()
         if config.engine.backend == "vllm":
             from searche1_lite.policy.vllm_engine import VllmEngine, check_installed
 
@@ -74,145 +60,82 @@ class Run:
         if config.engine.backend == "vllm":
             self.decoder = VllmEngine(config, self.model, self.tokenizer).decoder
 
-    def rollout(
-        self, questions: Sequence[Question], n: int, seed_parts: Sequence[int | str], **how: Any
-    ) -> list[Trajectory]:
-        """`rollout` with this run's settings."""
-        return rollout(
+    @property
+    def agent(self) -> Agent:
+        return Agent(
             self.model,
             self.tokenizer,
             self.retriever,
             self.protocol,
-            questions,
-            n,
-            engine=self.engine,
-            k=self.config.search.k,
-            seed_parts=seed_parts,
-            check=self.stop.check,
-            slots=self.slots,
-            decoder=self.decoder,
-            **how,
+            self.engine,
+            self.config.search.k,
+            self.slots,
+            self.decoder,
         )
 
-    def answer_shared(
+    def rollout(
         self,
         questions: Sequence[Question],
         n: int,
-        seed_parts: Sequence[int | str],
-        *,
+        sampling: Sampling,
         prompts: Sequence[list[int]] | None = None,
-        on_progress: Callable[[int], None],
-        **how: Any,
+        on_progress: Callable[[int], None] | None = None,
     ) -> list[Trajectory]:
-        """`rollout`, each process playing its share of the questions; all have all the trajectories afterwards."""
+        """Episodes of this process alone; see `rollout.scheduler.rollout`."""
+        hooks = Hooks(on_progress=on_progress, check=self.stop.check)
+        return rollout(self.agent, questions, n, sampling, prompts=prompts, hooks=hooks)
+
+    def rollout_shared(
+        self,
+        questions: Sequence[Question],
+        n: int,
+        sampling: Sampling,
+        prompts: Sequence[list[int]] | None,
+        on_progress: Callable[[int], None],
+    ) -> list[Trajectory]:
+        """`rollout` with the questions split among the processes; each of them returns all the trajectories."""
         own = share(len(questions))
+        own_prompts = None if prompts is None else prompts[own]
         with agreeing(self.stop):
-            played = self.rollout(
-                questions[own],
-                n,
-                seed_parts,
-                prompts=None if prompts is None else prompts[own],
-                on_progress=on_progress,
-                **how,
-            )
-        trajectories = played
-        if world_size() > 1:
-            trajectories = [Trajectory.from_dict(record) for record in gather([t.to_dict() for t in played])]
+            played = self.rollout(questions[own], n, sampling, own_prompts, on_progress)
+        if world_size() == 1:
+            return played
+        trajectories = [Trajectory.from_dict(record) for record in gather([t.to_dict() for t in played])]
         on_progress(len(trajectories) - len(played))
         return trajectories
 
-    def answer(
+    def rollout_task(
         self,
         name: str,
         questions: Sequence[Question],
         n: int,
-        seed_parts: Sequence[int | str],
-        greedy: bool,
+        sampling: Sampling,
         prompts: Sequence[list[int]] | None = None,
     ) -> list[Trajectory]:
-        """`answer_shared`, shown as the task `name`."""
+        """`rollout_shared`, with its progress shown as the task `name`."""
         with self.progress.task(name, len(questions) * n) as advance:
-            return self.answer_shared(questions, n, seed_parts, greedy=greedy, prompts=prompts, on_progress=advance)
-
-    def answer_once(
-        self,
-        folder: RunFolder,
-        file: str,
-        name: str,
-        questions: Sequence[Question],
-        n: int,
-        seed_parts: Sequence[int | str],
-        greedy: bool,
-    ) -> tuple[list[Trajectory], float]:
-        """`answer`, kept in `trajectories/FILE.jsonl`, and the seconds that it took.
-
-        Taken from there, as far as the same answers were given before: by this run, had it been interrupted, or by
-        another one of its sweep. They are the same if the policy computes the same and was asked the same in the same
-        way.
-        """
-        config = self.config
-        asked = {
-            "policy": (config.model.name, config.model.revision, config.model.quantization, adapter_digest(self.model)),
-            "environment": {k: v for k, v in what_counts(config).items() if k.startswith(("search.", "protocol."))},
-            "arithmetic": (config.engine.backend, config.engine.batch_size, config.engine.shadow),
-            "decoding": "greedy" if greedy else (config.engine.temperature, *seed_parts),
-            "questions": [(question.id, question.question, question.golden_answers) for question in questions],
-            "n": n,
-        }
-        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        if (kept := folder.kept_answers(file, key)) is not None:
-            return [Trajectory.from_dict(record) for record in kept[0]], kept[1]
-        records, seconds = folder.begun_answers(file, key)
-        trajectories = [Trajectory.from_dict(record) for record in records]
-        at_once = max(1, EPISODES_AT_ONCE * config.engine.batch_size * world_size() // n)
-        with self.progress.task(name, len(questions) * n) as advance:
-            advance(len(trajectories))
-            # Cut where a run that was never interrupted cuts.
-            for start in range(len(trajectories) // n, len(questions), at_once):
-                began = time.monotonic()
-                asked_now = questions[start : start + at_once]
-                fresh = self.answer_shared(asked_now, n, seed_parts, greedy=greedy, on_progress=advance)
-                seconds = round(seconds + time.monotonic() - began, 3)
-                trajectories += fresh
-                if start + at_once < len(questions):
-                    folder.add_answers(file, key, [t.to_dict() for t in fresh], seconds)
-        folder.keep_answers(file, key, [t.to_dict() for t in trajectories], seconds)
-        return trajectories, seconds
-
-    def keeper(
-        self,
-        folder: RunFolder,
-        stage: Stage,
-        summary: dict[str, Any],
-        resumed: "Resumed | None",
-        grown: Sequence[str] = (),
-    ) -> StageKeeper:
-        """What keeps this stage's training; the policy is as the stage begins."""
-        every = self.config.checkpoint.every_steps
-        keeper = StageKeeper(folder, stage.name, self.model, every=every, state=summary, grown=grown, resumed=resumed)
-        keeper.hold(slots=self.slots)
-        return keeper
+            return self.rollout_shared(questions, n, sampling, prompts, advance)
 
     def show_samples(self, title: str, trajectories: Sequence[Trajectory]) -> None:
-        """A table of some of these, unless the run is watched without."""
+        """A table of `logging.samples` of these, if that is not 0."""
         if self.config.logging.samples:
             self.progress.show(sample_table(title, trajectories, self.config.logging.samples))
 
 
 def is_crowded(threads: int) -> bool:
-    """Are there too few idle cores for so many threads? One then waits for the other at every operation."""
+    """Whether there are too few idle cores for so many threads, which then wait for each other at every operation."""
     return threads > 1 and hasattr(os, "getloadavg") and os.getloadavg()[0] + threads > 2 * (os.cpu_count() or 1)
 
 
 def fitting_engine(config: Config, model: PeftModel) -> EngineConfig:
-    """The engine's settings; where `shadow=auto` finds no room for plain weights, with `shadow=never`."""
+    """The engine's settings; `shadow=never` in place of `shadow=auto` where plain weights do not fit."""
     if config.engine.shadow == "auto" and not _has_room_for_shadow(config, model):
         return replace(config.engine, shadow="never")
     return config.engine
 
 
 def _has_room_for_shadow(config: Config, model: PeftModel) -> bool:
-    """Asked once a run: on a GPU of the memory plan, else of what is free. The user is told."""
+    """By the memory plan on a GPU, by what is free on a CPU."""
     if not uses_shadow(config.engine, model.device.type, config.engine.batch_size):
         return True
     size = shadow_bytes(model)

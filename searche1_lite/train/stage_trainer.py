@@ -1,7 +1,8 @@
-"""What the trainers of both stages have in common: their arguments, and what becomes of a step's figures."""
+"""What the trainers of both stages share: their arguments, and how a step is recorded."""
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 
 from searche1_lite.config import Config
 from searche1_lite.policy.model import compute_dtype
+from searche1_lite.runtime.interrupt import Stop
 from searche1_lite.runtime.ranks import from_first, uses_deepspeed
 from searche1_lite.train.tracking import Tracked, figures_of, reporting_arguments
 from searche1_lite.train.training_state import StageKeeper, saving_arguments
@@ -18,19 +20,33 @@ from searche1_lite.train.training_state import StageKeeper, saving_arguments
 OnStep = Callable[[dict[str, Any]], None]
 
 
-def trainer_arguments(
-    model: PeftModel,
-    config: Config,
-    *,
-    seed: int,
-    output_dir: Path,
-    steps: int,
-    tracked: Tracked | None = None,
-    keeper: StageKeeper | None = None,
-) -> dict[str, Any]:
-    """Arguments that both stages' trainers share: a constant rate after warm-up, the order of the data as it is."""
+@dataclass(slots=True)
+class StageTraining:
+    """What both stages' trainers need beside the policy and their data."""
+
+    config: Config
+    round_index: int
+    """From 1."""
+    output_dir: Path
+    on_step: OnStep
+    """Receives each step's record, as in `metrics.jsonl`."""
+    deadline: float | None = None
+    """On `time.monotonic()`'s clock; the step in which it passes is the last."""
+    limit: int | None = None
+    """Optimizer steps, at least 1, after which the stage ends early."""
+    tracked: Tracked | None = None
+    """Reports to TensorBoard, trackio and wandb."""
+    keeper: StageKeeper | None = None
+    """Saves and restores the training."""
+    stop: Stop = field(default_factory=Stop)
+    """Checked between passes."""
+
+
+def trainer_arguments(model: PeftModel, training: StageTraining, seed: int, steps: int) -> dict[str, Any]:
+    """Arguments that both stages' trainers share: a constant rate after warm-up, the data in the given order."""
+    config = training.config
     return {
-        "output_dir": str(output_dir),
+        "output_dir": str(training.output_dir),
         "seed": seed % 2**31,
         "max_steps": steps,
         "lr_scheduler_type": "constant_with_warmup",
@@ -48,8 +64,8 @@ def trainer_arguments(
         "temperature": config.engine.temperature,
         "max_completion_length": config.protocol.max_completion_tokens,
         "shuffle_dataset": False,  # the order is ours: the place in it is the step
-        **saving_arguments(keeper),
-        **reporting_arguments(tracked),
+        **saving_arguments(training.keeper),
+        **reporting_arguments(training.tracked),
     }
 
 
@@ -60,23 +76,13 @@ class StepReporter(TrainerCallback):
 
     Args:
         describe: turns TRL's log of one step into our record.
-        deadline: `time.monotonic()`; the step in which it passes is the last (so at least one is done). None: no limit.
-        limit: steps after which it stops too; None: no limit.
-        keeper: notes each step that is done.
     """
 
-    def __init__(
-        self,
-        describe: Callable[[dict[str, Any]], dict[str, Any]],
-        on_step: OnStep,
-        deadline: float | None,
-        limit: int | None,
-        keeper: StageKeeper | None = None,
-    ) -> None:
-        self._describe, self._on_step, self._deadline, self._limit = describe, on_step, deadline, limit
-        self._keeper = keeper
+    def __init__(self, describe: Callable[[dict[str, Any]], dict[str, Any]], training: StageTraining) -> None:
+        self._describe, self._on_step, self._keeper = describe, training.on_step, training.keeper
+        self._deadline, self._limit = training.deadline, training.limit
         self._began = time.monotonic()
-        self.steps = 0 if keeper is None else keeper.steps  # a stage that was stopped after its last step has no more
+        self.steps = 0 if self._keeper is None else self._keeper.steps  # none may be left in a resumed stage
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.save_steps = args.save_steps  # as it is set now, not as it was where a resumed stage was stopped

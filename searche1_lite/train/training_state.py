@@ -15,7 +15,7 @@ place in the data. No pickle: tensors are safetensors, the rest is JSON.
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,6 +92,14 @@ class StageKeeper:
     def seconds(self) -> float:
         """Of training, in all processes that were at it."""
         return self.spent + time.monotonic() - self._began
+
+    def once(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of `measure`, from the checkpoint if the stage was resumed; its time is not training time."""
+        if name not in self.figures:
+            began = time.monotonic()
+            self.figures[name] = measure()
+            self._began += time.monotonic() - began
+        return dict(self.figures[name])
 
     def hold(self, **parts: Holdable) -> None:
         """Has these parts' state in its checkpoints too, and gives each what it had in the one that it goes on from."""

@@ -26,7 +26,7 @@ from searche1_lite.config import load_config
 from searche1_lite.runtime.quiet import quieten
 from searche1_lite.search import bm25
 from searche1_lite.train.checkpoint import RunFolder
-from searche1_lite.train.rounds import run
+from searche1_lite.train.rounds import run_training
 
 SETTINGS = [
     "grpo.steps=10",
@@ -119,7 +119,7 @@ def main() -> None:
     config = load_config("demo", None, [*SETTINGS, f"rounds={rounds}"])
     with tempfile.TemporaryDirectory() as place:
         folder = Watched(Path(place) / "run", config, resume=False)
-        run(config, folder, RichTasks(quiet=True))
+        run_training(config, folder, RichTasks(quiet=True))
     late = folder.samples[len(folder.samples) // 2 :]
     print(f"{folder.updates} updates in {rounds} rounds; in the second half:")
     names = ("resident MiB", "MiB in use of malloc's", "thousand blocks of Python's", "MiB of Java's beside its heap")

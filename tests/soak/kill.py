@@ -24,7 +24,7 @@ from test_resume import SETTINGS, results
 from searche1_lite.config import Config, load_config
 from searche1_lite.runtime.quiet import quieten
 from searche1_lite.train.checkpoint import RunFolder
-from searche1_lite.train.rounds import run
+from searche1_lite.train.rounds import run_training
 
 
 def live(path: Path, config: Config, errors: Path) -> int:
@@ -36,7 +36,7 @@ def live(path: Path, config: Config, errors: Path) -> int:
     try:
         descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 2)
-        run(config, RunFolder(path, config, resume=True), RichTasks(quiet=True))
+        run_training(config, RunFolder(path, config, resume=True), RichTasks(quiet=True))
         code = 0
     finally:
         os._exit(code)

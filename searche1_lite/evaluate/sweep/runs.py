@@ -165,14 +165,14 @@ def _run(planned: PlannedRun, sweep: Path, donor: tuple[Path, list[str]] | None,
     import torch
 
     from searche1_lite.runtime.console import RichTasks
-    from searche1_lite.train.rounds import run
+    from searche1_lite.train.rounds import run_training
 
     try:
         path = sweep / planned.folder
         folder = RunFolder(path, planned.config, resume=True, shared=sweep / "shared")
         if donor is not None:
             folder.start().adopt(*donor)
-        run(planned.config, folder, RichTasks(quiet=quiet))
+        run_training(planned.config, folder, RichTasks(quiet=quiet))
     except Exception as error:
         _error_file(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(_error_file(path), traceback.format_exc())
