@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from searche1_lite.cli.console import RichTasks
+from searche1_lite.runtime.console import RichTasks
 
 from searche1_lite.cli.pipe import LONGEST_LINE, QuestionLines
 from searche1_lite.config import ModelConfig, load_config

@@ -43,7 +43,7 @@ def told(steps: Sequence[dict[str, Any]], **settings: Any) -> list[dict[str, Any
     watch = CollapseWatch("round1.grpo", CollapseConfig(**settings))
     for number, step in enumerate(steps, start=1):
         watch.see({"step": number, **HEALTHY, **step})
-    return watch.told
+    return watch.reported
 
 
 def test_repetition_is_the_share_of_an_episodes_four_grams_that_came_before() -> None:
@@ -117,7 +117,7 @@ def test_a_watch_goes_on_where_another_stopped(capsys) -> None:
     whole = CollapseWatch("round1.grpo", CollapseConfig())
     for step in steps:
         whole.see(step)
-    assert [sign["figure"] for sign in whole.told] == ["reward_drop"]
+    assert [sign["figure"] for sign in whole.reported] == ["reward_drop"]
     for cut in (1, 4, 12, 20):
         one, other = (CollapseWatch("round1.grpo", CollapseConfig()) for _ in range(2))
         for step in steps[:cut]:
@@ -125,7 +125,7 @@ def test_a_watch_goes_on_where_another_stopped(capsys) -> None:
         other.restore(json.loads(json.dumps(one.state())))
         for step in steps[cut:]:
             other.see(step)
-        assert other.told == whole.told and other.state() == whole.state()
+        assert other.reported == whole.reported and other.state() == whole.state()
 
 
 class DemoStage:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from safetensors.torch import load_file
-from searche1_lite.cli.console import RichTasks
+from searche1_lite.runtime.console import RichTasks
 from transformers import AutoConfig
 
 from examples.demo_policy.build import (

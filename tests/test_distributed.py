@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import adapter_weights, all_equal, fresh_policy
 from safetensors.torch import load_file
-from searche1_lite.cli.console import RichTasks
+from searche1_lite.runtime.console import RichTasks
 from transformers import TrainerState
 
 from searche1_lite.config import load_config

@@ -19,7 +19,7 @@ from conftest import fresh_policy
 from hub_server import HubServer
 from peft import PeftModel
 from safetensors.torch import load_file
-from searche1_lite.cli.console import RichTasks
+from searche1_lite.runtime.console import RichTasks
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from searche1_lite.config import Config, dump_config, load_config

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
-from searche1_lite.cli.console import RichTasks
+from searche1_lite.runtime.console import RichTasks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from searche1_lite.config import Config, LoggingConfig, dump_config, load_config

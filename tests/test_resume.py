@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from searche1_lite.cli.console import RichTasks
+from searche1_lite.runtime.console import RichTasks
 
 from searche1_lite.config import Config, load_config
 from searche1_lite.rollout.reward import Written, exact_match

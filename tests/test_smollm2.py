@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import adapter_weights, all_equal, fixed_weights
 from safetensors.torch import load_file
-from searche1_lite.cli.console import RichTasks
+from searche1_lite.runtime.console import RichTasks
 
 from searche1_lite.config import Config, load_config
 from searche1_lite.data.trajectory import Question, Search, Trajectory, Turn

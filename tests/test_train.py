@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from searche1_lite.cli.console import RichTasks
+from searche1_lite.runtime.console import RichTasks
 
 from searche1_lite.config import load_config
 from searche1_lite.report.trajectories import read_trajectories

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from chromium import FAINT, chromium, wait
-from searche1_lite.cli.console import RichTasks
+from searche1_lite.runtime.console import RichTasks
 from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement

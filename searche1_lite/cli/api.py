@@ -80,7 +80,7 @@ def train_policy(
             rollouts OFSD takes for right, and all figures, stay by exact match.
         yes: agree to large downloads; or a function that is asked.
         quiet: keep libraries' notices off the terminal, see `quieten`.
-        progress: told how far it is; `searche1_lite.cli.console.RichTasks()` draws bars.
+        progress: told how far it is; `searche1_lite.runtime.console.RichTasks()` draws bars.
 
     Returns:
         The run's summary, as in its `summary.json`: `seed`, `model`, `retriever`, `reward`, `training`, `evaluation`

@@ -1,10 +1,7 @@
-"""Is the policy falling apart? What a GRPO stage's rollouts say of it, step by step.
+"""Detects a collapse of the policy from a GRPO stage's rollouts, step by step.
 
-Each figure is a mean over the last few steps. The rates count only where they have risen since the stage's first step,
-whose rollouts are those of the policy as it came: what it was like from the beginning is no collapse. Groups that are
-all right have no spread either, and are what training is for; so groups that are all wrong are counted instead.
-
-What it leaves out: OFSD steps, which have no rollouts; the evaluation after them tells how they went.
+Each figure is a mean over the last few steps. Rates count only where they have risen since the stage's first step,
+whose rollouts are those of the initial policy. OFSD steps have no rollouts; the evaluation after them shows a collapse.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,13 +14,13 @@ from searche1_lite.data.trajectory import Trajectory
 from searche1_lite.runtime.progress import say_on_stderr
 
 NGRAM = 4
-"""Tokens in a row that count as repeated when an episode has them again."""
+"""Tokens in a row that count as repeated when they occur again in their episode."""
 
 RISE = 0.2
-"""What a rate must have gained since the stage's first step."""
+"""The least increase of a rate since the stage's first step."""
 
 REWARD_LOSS = 0.1
-"""Less than this is never a drop of the mean reward: a small one loses half of itself by chance."""
+"""The least drop of the mean reward: a small reward halves by chance."""
 
 RATES = {
     "unanswered": "unanswered_rate",
@@ -31,13 +28,13 @@ RATES = {
     "no_search": "no_search_rate",
     "repetition": "repetition",
 }
-"""Threshold in the config -> figure of a step."""
+"""Threshold in the config -> figure in a step's record."""
 
 _WATCHED = (*RATES.values(), "all_wrong_fraction", "kl", "reward")
 
 _CALMER = "lower grpo.learning_rate or raise grpo.kl_coefficient"
 
-_TOLD = {
+_EXPLAINED = {
     "unanswered": ("episodes without an answer", f"{_CALMER}; if episodes are cut off, see protocol.max_*_tokens"),
     "invalid": ("episodes with a turn that is neither a search nor an answer", _CALMER),
     "no_search": ("episodes without a search", f"{_CALMER}, or train on questions that cannot be answered from memory"),
@@ -49,15 +46,15 @@ _TOLD = {
     "kl": ("KL in nats a token to the policy as the stage began", _CALMER),
     "reward_drop": ("loss of mean reward since its best", _CALMER),
 }
-"""What each figure is, and what to try."""
+"""Each sign's description, and the remedy."""
 
 
 def step_figures(trajectories: Sequence[Trajectory], group_size: int) -> dict[str, float]:
-    """What a step's record tells of its rollouts, at least one, question by question; all in [0, 1].
+    """Figures in [0, 1] of a step's rollouts, at least one, question by question.
 
     Returns:
-        `unanswered_rate`, `invalid_rate` and `no_search_rate`, shares of episodes as an evaluation has them;
-        `repetition`; and `all_wrong_fraction`, the share of groups in which no rollout is right.
+        `unanswered_rate`, `invalid_rate` and `no_search_rate`, shares of episodes as in an evaluation; `repetition`;
+        and `all_wrong_fraction`, the share of groups in which no rollout is right.
     """
     count = len(trajectories)
     groups = [trajectories[first : first + group_size] for first in range(0, count, group_size)]
@@ -71,10 +68,7 @@ def step_figures(trajectories: Sequence[Trajectory], group_size: int) -> dict[st
 
 
 def repetition(trajectories: Sequence[Trajectory]) -> float:
-    """The share of 4-grams of model-written tokens that their episode had before; 0.0 where all are too short.
-
-    None reaches over what the environment said between two turns.
-    """
+    """The share of 4-grams, within a model turn, that occurred before in their episode; 0.0 where all are too short."""
     total = distinct = 0
     for trajectory in trajectories:
         grams: list[tuple[int, ...]] = []
@@ -87,9 +81,9 @@ def repetition(trajectories: Sequence[Trajectory]) -> float:
 
 
 def window_means(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The mean of each figure over the steps in which it is known; left out where that is at most half of them.
+    """The mean of each figure over the steps that have it; left out where at most half of them do.
 
-    The KL is not known of a step without a group that was trained on.
+    A step without a trained group has no KL.
     """
     means: dict[str, float] = {}
     for name in _WATCHED:
@@ -102,7 +96,7 @@ def window_means(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def signs(
     means: Mapping[str, float], first: Mapping[str, float | None], best_reward: float, settings: CollapseConfig
 ) -> dict[str, float]:
-    """The figures that have reached their thresholds, under the thresholds' names, with their values.
+    """The figures that have reached their thresholds, by the thresholds' names.
 
     Args:
         means: `window_means` of the last full window.
@@ -129,10 +123,10 @@ def signs(
 
 
 class CollapseWatch(TrainerCallback):
-    """Looks at each step's record, tells the user once of each sign of a collapse, and ends the stage if so configured.
+    """Reports each sign of a collapse once, and ends the stage if `collapse.action` says so.
 
     Args:
-        stage: as the user knows it, such as `round1.grpo`.
+        stage: for messages, such as `round1.grpo`.
     """
 
     def __init__(self, stage: str, settings: CollapseConfig) -> None:
@@ -140,16 +134,16 @@ class CollapseWatch(TrainerCallback):
         self._first: dict[str, float | None] = {}
         self._recent: list[dict[str, float | None]] = []
         self._best_reward = 0.0
-        self.told: list[dict[str, Any]] = []
-        """`figure`, `value` and `step` of each sign, in the order in which they were seen."""
+        self.reported: list[dict[str, Any]] = []
+        """`figure`, `value` and `step` of each sign, in order."""
 
     @property
     def ended(self) -> bool:
-        """Has the stage come to its end by a collapse?"""
-        return bool(self.told) and self._settings.action != "warn"
+        """Whether a collapse has ended the stage."""
+        return bool(self.reported) and self._settings.action != "warn"
 
     def see(self, record: Mapping[str, Any]) -> None:
-        """Takes a step's record, as it stands in `metrics.jsonl`."""
+        """Takes a step's record, as in `metrics.jsonl`."""
         settings = self._settings
         step = {name: record.get(name) for name in _WATCHED}
         self._first = self._first or step
@@ -158,12 +152,12 @@ class CollapseWatch(TrainerCallback):
             return
         means = window_means(self._recent)
         self._best_reward = max(self._best_reward, means.get("reward", 0.0))
-        told = {sign["figure"] for sign in self.told}
+        reported = {sign["figure"] for sign in self.reported}
         for name, value in signs(means, self._first, self._best_reward, settings).items():
-            if name in told:
+            if name in reported:
                 continue
-            self.told.append({"figure": name, "value": round(value, 4), "step": record["step"]})
-            what, remedy = _TOLD[name]
+            self.reported.append({"figure": name, "value": round(value, 4), "step": record["step"]})
+            what, remedy = _EXPLAINED[name]
             say_on_stderr(
                 f"{self._stage}, step {record['step']}: this may be a collapse: {what}: {value:.2f} over the last "
                 f"{settings.window} steps (collapse.{name}={getattr(settings, name):g}); {remedy}"
@@ -173,20 +167,25 @@ class CollapseWatch(TrainerCallback):
             say_on_stderr(f"{self._stage}: {what} (collapse.action={settings.action})")
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Behind the callback that hands on the record."""
+        """Comes after the callback that passes on the record."""
         if self.ended:
             control.should_training_stop = True
 
     def figures(self) -> dict[str, Any]:
-        """For the stage's figures: `collapse`, what was told, if anything was; and `ended`, the action that was taken,
-        if one was."""
-        return ({"collapse": self.told} if self.told else {}) | ({"ended": self._settings.action} if self.ended else {})
+        """For the stage's figures: `collapse`, the reported signs, and `ended`, the action taken; each if any."""
+        return ({"collapse": self.reported} if self.reported else {}) | (
+            {"ended": self._settings.action} if self.ended else {}
+        )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, for `restore`."""
-        return {"first": self._first, "recent": self._recent, "best_reward": self._best_reward, "told": [*self.told]}
+        """For a checkpoint; see `restore`."""
+        return {
+            "first": self._first,
+            "recent": self._recent,
+            "best_reward": self._best_reward,
+            "reported": [*self.reported],
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on watching from where `state` was taken."""
         self._first, self._recent = dict(state["first"]), [dict(step) for step in state["recent"]]
-        self._best_reward, self.told = state["best_reward"], [dict(sign) for sign in state["told"]]
+        self._best_reward, self.reported = state["best_reward"], [dict(sign) for sign in state["reported"]]

@@ -1,7 +1,7 @@
-"""What is looked at, not trained on, as an OFSD stage begins: where and how far the teacher differs from the student.
+"""Measurements before an OFSD stage: where and how far the teacher differs from the student. Nothing is trained here.
 
-The premise of the method is that the reference brings something that the policy does not already do. So the KL of the
-pairs stands beside two controls, and that of each token is kept for the trace viewer.
+The method assumes that the reference brings something that the policy does not already do. So the pairs' KL is reported
+beside two controls, and each token's KL is kept for the trace viewer.
 """
 
 from collections.abc import Sequence
@@ -30,15 +30,15 @@ from searche1_lite.train.pairs import Pair, teacher_prompts
 from searche1_lite.train.session import Session
 
 WATCHED = 64
-"""Pairs that are looked at, at most."""
+"""Pairs that are measured, at most."""
 
 _TOKENS_PER_CHUNK = 128
-"""Whose logits are held at a time, when the teacher's likeliest token is asked for."""
+"""Tokens whose full logits are held at a time, for the teacher's likeliest token."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenKL:
-    """Along one trajectory's `completion_ids`, each list as long as they are."""
+    """Lists as long as the trajectory's `completion_ids`."""
 
     kl: list[float]
     """KL(teacher || student) in nats; 0.0 at environment tokens."""
@@ -65,11 +65,7 @@ def token_kl(
     micro_batch_tokens: int,
     stop: Stop | None = None,
 ) -> list[TokenKL]:
-    """The model under each student's own prompt, beside the model as it is, as the teacher, under `prompts`.
-
-    Args:
-        stop: looked at between passes.
-    """
+    """KL of each student's tokens between the model under `prompts` (teacher) and under the student's own prompt."""
     model.eval()
     head = model.get_output_embeddings()
     result: list[TokenKL | None] = [None] * len(pairs)
@@ -108,18 +104,15 @@ def watch(
     """Mean KL per model-written token of the pairs beside two other teacher prompts, and the KL of single tokens.
 
     Args:
-        rollouts: what the pairs were chosen from.
-        stop: looked at between passes.
+        rollouts: all rollouts that the pairs were chosen from.
 
     Returns:
-        The means: `pairs`; `plain`, zero by construction: it shows what numerical noise amounts to; and `foreign`, with
-        another question's reference: what the privileged form alone does, without the right content (left out where
-        there is one pair). Empty where there are no pairs.
+        The means: `pairs`; `plain`, zero by construction up to numerical noise; and `foreign`, with another question's
+        reference: the effect of the privileged form without the right content (needs two pairs). Empty without pairs.
 
         A record for each rollout of the watched questions: `question_id`, `sample`, `role` (`student`, `reference` or
         `sibling`), `reference_sample`, `student_sample` and, beside the trajectory's `turns`, `turns` with `pieces`
-        (the decoded tokens, whose texts add up to the turn's, and to its end token if it has one), `kl` (nats) and
-        `teacher` (its likeliest token).
+        (the decoded tokens, end token included), `kl` (nats) and `teacher` (its likeliest token).
     """
     shown = pairs[:WATCHED]
     groups: dict[str, list[Trajectory]] = {pair.student.question.id: [] for pair in shown}
@@ -186,7 +179,7 @@ def compare_teacher(
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds to what stands before it; "" within a character of several tokens."""
+    """The text that each token adds to those before it; "" within a character of several tokens."""
     stream = DecodeStream(skip_special_tokens=False)
     return [stream.step(tokenizer.backend_tokenizer, index) or "" for index in ids]
 

@@ -1,9 +1,8 @@
 """GRPO through TRL: its trainer, fed by our rollouts.
 
-Vanilla GRPO: a group of rollouts a question, reward = exact match, advantage normalised within the group, one update a
-batch of fresh rollouts, clipped ratio, a small KL to the adapter as the stage began. Environment tokens are masked.
-A group whose rewards are all equal teaches nothing: it is skipped and counted. What it leaves out: reuse of a batch
-for several updates.
+Vanilla GRPO (DeepSeekMath, section 4): a group of rollouts per question, reward = exact match, advantage normalised
+within the group, one update per batch of fresh rollouts, clipped ratio, a small KL to the adapter of the stage's start.
+Environment tokens are masked. Groups with equal rewards have no advantage: they are skipped and counted.
 """
 
 import time
@@ -42,6 +41,7 @@ from searche1_lite.runtime.ranks import (
 )
 from searche1_lite.runtime.seeds import derive_seed
 from searche1_lite.train.collapse import CollapseWatch, step_figures
+from searche1_lite.train.session import gather_trajectories
 from searche1_lite.train.stage_trainer import StageTraining, StepReporter, drop_printer, rows_of, trainer_arguments
 from searche1_lite.train.tracking import reporting
 from searche1_lite.train.training_state import ResumableTrainer, train
@@ -55,18 +55,17 @@ Answer = Callable[[Sequence[Question], int, Sequence[int | str]], list[Trajector
 
 
 class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
-    """TRL's trainer with one optimizer step as one batch of its own, which is worked off in micro-batches.
+    """TRL's trainer with one batch per optimizer step, computed in micro-batches.
 
-    Only model-written tokens are projected onto the vocabulary. Groups whose rewards are all equal have no advantage:
-    they are skipped, and so is what little their KL to the reference would have added.
+    Only model-written tokens are projected onto the vocabulary. Shapes: B rollouts, P prompt and C completion tokens.
     """
 
     scored: torch.Tensor
-    """(B, C) 1 at the model-written tokens of the micro-batch at hand, whose log-probs are asked for."""
+    """(B, C) 1 at the model-written tokens of the current micro-batch."""
     logprobs: torch.Tensor
-    """(B, C) those log-probs, as the last pass found them."""
+    """(B, C) their log-probs in the last pass."""
     beta: float
-    """TRL's: the weight of the KL to the reference."""
+    """TRL's weight of the KL to the reference."""
 
     def __init__(
         self, *args: Any, micro_batch_tokens: int, stop: Stop, guard: UpdateGuard | None = None, **kwargs: Any
@@ -76,35 +75,38 @@ class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
         super().__init__(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Rollouts, their advantages, and which are `trained` on; the reference is asked later, about those only."""
+        """TRL's batch of rollouts and advantages (B,), and `trained` (B,): whether a rollout's group has an advantage.
+
+        The reference's pass is left to `_compute_loss`, which makes it for trained rollouts only.
+        """
         beta, self.beta = self.beta, 0.0
         try:
             batch = super()._generate_and_score_completions(inputs)
         finally:
             self.beta = beta
         for name in ("clipped_ratio", "mean_terminated_length", "min_terminated_length", "max_terminated_length"):
-            # TRL takes an episode that ends with `</answer>`, and not with EOS, for one that was cut off.
+            # TRL counts an episode that ends with `</answer>` instead of EOS as cut off.
             self._metrics["train"].pop(f"completions/{name}", None)
-        trained = (batch["advantages"].view(-1, self.num_generations) != 0).any(dim=1)
+        trained = (batch["advantages"].view(-1, self.num_generations) != 0).any(dim=1)  # (questions,)
         self._metrics["train"]["skipped_groups"].append(sum(gather([int((~trained).sum())])))
         batch["trained"] = trained.repeat_interleave(self.num_generations)
         return batch
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """TRL's loss of a whole step and its gradient, in micro-batches; the mean is over the skipped rollouts too.
+        """TRL's loss of a whole step and its gradient, in micro-batches; the mean includes the skipped rollouts.
 
-        If every group is skipped, there is no gradient, and the optimizer leaves weights and momentum as they are.
+        If every group is skipped there is no gradient, and the optimizer changes neither weights nor momentum.
         """
         model.train()
         policy = self.accelerator.unwrap_model(model)
         inputs = self._prepare_inputs(inputs)
         self._step += 1
-        # A rollout without a token of the model's has nothing to be trained on, whatever it earned.
-        written = (inputs["completion_mask"] * inputs["tool_mask"]).any(dim=1)
+        # A rollout without a model-written token has nothing to train on.
+        written = (inputs["completion_mask"] * inputs["tool_mask"]).any(dim=1)  # (B,)
         trained = (inputs["trained"] & written).nonzero().flatten()
         if self._guard.refused:
             trained = trained[:0]
-        lengths = inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=1)
+        lengths = inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=1)  # (B,)
         sizes = lengths[trained].tolist()
 
         def passes(budget: int) -> tuple[torch.Tensor, dict[str, float], int]:
@@ -120,13 +122,12 @@ class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
         for name, value in sums.items():
             self._metrics["train"][name].append(value / max(1, tokens))
         self._guard.see("loss", total)
-        return total.nan_to_num(0.0, 0.0, 0.0)  # it would spoil the loss of every later step in the log
+        return total.nan_to_num(0.0, 0.0, 0.0)  # the Trainer's running mean would stay NaN
 
     def _passes(
         self, model: Any, inputs: dict[str, Any], batches: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, float], int]:
-        """The loss of these batches of rows, and their gradient; of TRL's figures, each one's sum over the tokens that
-        were trained on, and the number of those."""
+        """Loss and gradient of these micro-batches; TRL's metrics summed over the scored tokens, and their number."""
         rows = len(inputs["prompt_mask"])
         total = torch.zeros((), device=inputs["prompt_mask"].device)
         figures, sums, tokens = self._metrics["train"], defaultdict[str, float](float), 0
@@ -148,10 +149,10 @@ class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
         return total, sums, tokens
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """TRL's loss of one micro-batch, after the reference's pass over it."""
+        """TRL's loss of one micro-batch, with the reference's log-probs."""
         self.scored = inputs["completion_mask"] * inputs["tool_mask"]
         if self.beta and "ref_per_token_logps" not in inputs:
-            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)  # (B, P + C)
             mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
             with torch.no_grad(), use_adapter(self.accelerator.unwrap_model(model), REFERENCE):
                 found = self._get_per_token_logps_and_entropies(model, ids, mask, self.scored.shape[1])
@@ -165,13 +166,13 @@ class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """Log-probs and entropies (B, `logits_to_keep`), 0 where a token is not the model's; no loss of experts."""
+        """Log-probs and entropies (B, C), 0 at environment tokens; None for TRL's auxiliary loss of experts."""
         policy = self.accelerator.unwrap_model(model)
         split, keep = input_ids.shape[1] - logits_to_keep, self.scored.bool()
         completion_ids = input_ids[:, split:]
         hidden = completion_hidden(
             policy, input_ids[:, :split], attention_mask[:, :split], completion_ids, attention_mask[:, split:], keep
-        )
+        )  # (N scored tokens, hidden)
         with compute_context(policy):
             found = token_logprobs(policy.get_output_embeddings(), hidden, completion_ids[keep], self.temperature)
         # `masked_scatter` keeps the graph when nothing is scored, so that the backward pass still works.
@@ -181,7 +182,7 @@ class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
 
 
 def earned_reward(prompts: list[str], completions: list[str], rewards: list[float], **_: Any) -> list[float]:
-    """The rewards that were computed from model-written tokens; TRL's own decoded text is not looked at."""
+    """The rewards computed from model-written tokens; TRL's own decoded text is not read."""
     return rewards
 
 
@@ -221,7 +222,7 @@ def train_grpo(
     order = question_order(len(questions), stage.questions_per_step, stage.steps, seed % 2**31)
     figures = {} if keeper is None else keeper.figures
     figures.setdefault("rollout_seconds", 0.0)
-    latest: dict[str, Any] = {"seconds": 0.0, "trajectories": []}
+    latest: dict[str, Any] = {"trajectories": [], "seconds": 0.0}  # of the current step
     guard, watch = UpdateGuard(name, "grpo.learning_rate"), CollapseWatch(name, config.collapse)
 
     def roll(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
@@ -233,11 +234,12 @@ def train_grpo(
         with agreeing(training.stop):
             own = answer(asked, size, (config.seed, "grpo", index, trainer.state.global_step))
             rewards = [t.reward if reward is None else earned(reward, t) for t in own]
-        trajectories = gather(own)
-        own = trajectories[rank() * len(own) :][: len(own)]
-        latest["trajectories"], latest["seconds"] = trajectories, time.monotonic() - began
-        figures["rollout_seconds"] += latest["seconds"]
+        trajectories = gather_trajectories(own)
+        seconds = time.monotonic() - began
+        figures["rollout_seconds"] += seconds
+        latest.update(trajectories=trajectories, seconds=seconds)
         guard.check_rollouts(trajectories)
+        own = trajectories[rank() * len(own) :][: len(own)]
         if on_rollouts is not None:
             on_rollouts(trajectories)
         kept = [t.logprobs for t in trajectories]
@@ -250,26 +252,8 @@ def train_grpo(
         }
 
     def describe(logs: dict[str, Any]) -> dict[str, Any]:
-        trajectories = latest["trajectories"]
-        tokens = sum(t.n_model_tokens for t in trajectories)
-        record = {
-            "stage": "grpo",
-            "round": index,
-            **guard.figures(logs),
-            "reward": logs.get("reward"),
-            "em": sum(t.reward for t in trajectories) / len(trajectories),
-            "kl": logs.get("kl"),
-            "zero_std_fraction": logs.get("frac_reward_zero_std"),
-            "skipped_groups": int(logs["skipped_groups"]),
-            "sampling_logprob_difference": logs.get("sampling_logprob_difference"),
-            "searches": sum(t.n_searches for t in trajectories) / len(trajectories),
-            "failed_searches": sum(t.n_failed_searches for t in trajectories),
-            "tokens": tokens,
-            "tokens_per_second": round(tokens / latest["seconds"], 1),
-            "rollout_seconds": round(latest["seconds"], 3),
-            "learning_rate": logs.get("learning_rate"),
-            **step_figures(trajectories, stage.group_size),
-        }
+        record = {"stage": "grpo", "round": index, **guard.figures(logs), **step_record(logs, **latest)}
+        record |= step_figures(latest["trajectories"], stage.group_size)
         return from_first(lambda: {key: finite_or_none(value) for key, value in record.items()})
 
     def step_done(record: dict[str, Any]) -> None:
@@ -320,11 +304,27 @@ def train_grpo(
     return result | {"skipped": guard.skipped} | trainer.passes.figures() | watch.figures()
 
 
-def question_order(count: int, batch: int, steps: int, seed: int) -> list[int]:
-    """Which of `count` questions each step takes, `batch` a step: all of them in a random order, then in another one.
+def step_record(logs: dict[str, Any], trajectories: Sequence[Trajectory], seconds: float) -> dict[str, Any]:
+    """A step's line of `metrics.jsonl`, from TRL's log and the rollouts, which took `seconds`."""
+    count, tokens = len(trajectories), sum(t.n_model_tokens for t in trajectories)
+    return {
+        "reward": logs.get("reward"),
+        "em": sum(t.reward for t in trajectories) / count,
+        "kl": logs.get("kl"),
+        "zero_std_fraction": logs.get("frac_reward_zero_std"),
+        "skipped_groups": int(logs["skipped_groups"]),
+        "sampling_logprob_difference": logs.get("sampling_logprob_difference"),
+        "searches": sum(t.n_searches for t in trajectories) / count,
+        "failed_searches": sum(t.n_failed_searches for t in trajectories),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / seconds, 1),
+        "rollout_seconds": round(seconds, 3),
+        "learning_rate": logs.get("learning_rate"),
+    }
 
-    What is left over of an order and makes no batch is left out, as TRL does.
-    """
+
+def question_order(count: int, batch: int, steps: int, seed: int) -> list[int]:
+    """The questions' indices, `batch` a step: permutations of all `count`, without the rest that makes no batch."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     while len(order) < steps * batch:

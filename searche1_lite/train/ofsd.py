@@ -1,9 +1,8 @@
-"""Offline self-distillation (OFSD): the policy learns from what it says when it is shown its own better trajectory.
+"""Offline self-distillation (OFSD): the policy learns from itself under a prompt that shows its own better trajectory.
 
-After a GRPO stage the policy answers its training questions afresh. Where one rollout is right and more efficient than
-a sibling, both are a pair. Along the sibling's own tokens, the student (plain prompt) is pulled towards the teacher:
-the same 4-bit base with the adapter as the stage began, frozen, under a prompt that shows the better rollout. The loss
-is the full-vocabulary KL(teacher || student), averaged over model-written tokens (`divergence.py`).
+Student and teacher both read the student trajectory's tokens. The student sees the plain prompt; the teacher is the
+same 4-bit base with the adapter of the stage's start, frozen, and sees the reference trajectory in its prompt. The loss
+is the full-vocabulary forward KL(teacher || student), averaged over the model-written tokens (`policy/losses.py`).
 """
 
 import math
@@ -52,7 +51,7 @@ TEACHER = "teacher"
 
 
 def trained_tokens(trajectory: Trajectory, tokens: str) -> list[int]:
-    """1 at the positions that are in the loss: all model-written ones, or only those of search turns."""
+    """(C,) loss mask: 1 at all model-written tokens, or only at those of search turns."""
     if tokens == "all":
         return trajectory.loss_mask
     mask = [0] * len(trajectory.completion_ids)
@@ -68,14 +67,17 @@ def padded(rows: Sequence[Sequence[int]], value: int, side: str, device: torch.d
 
 @contextmanager
 def as_teacher(model: PeftModel, kind: str) -> Iterator[None]:
-    """The model as the teacher: the frozen snapshot, the bare base, or as it is now. No gradient."""
+    """The model as the teacher, without gradients: with the frozen snapshot, without adapter, or with the live one."""
     adapter = nullcontext() if kind == "live" else use_adapter(model, TEACHER if kind == "snapshot" else None)
     with torch.no_grad(), adapter:
         yield
 
 
 class OFSDTrainer(ResumableTrainer, DistillationTrainer):
-    """TRL's distillation trainer on stored trajectories: nothing is generated, and the teacher has its own prompt."""
+    """TRL's distillation trainer on stored trajectories: nothing is generated, and the teacher has its own prompt.
+
+    Shapes: B pairs, P prompt and C completion tokens, N tokens in the loss.
+    """
 
     def __init__(
         self,
@@ -91,7 +93,7 @@ class OFSDTrainer(ResumableTrainer, DistillationTrainer):
         super().__init__(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Pads the stored ids of this process's pairs of one optimizer step."""
+        """The padded batch of one optimizer step: ids and masks (B, P) and (B, C), and the loss mask (B, C)."""
         rows = [self._rows[int(example["prompt"])] for example in inputs]
         device, pad_id = self.accelerator.device, self._tokenizer.pad_token_id
         batch: dict[str, Any] = {}
@@ -107,13 +109,13 @@ class OFSDTrainer(ResumableTrainer, DistillationTrainer):
         return batch
 
     def _compute_loss(self, unwrapped_student: PeftModel, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
-        """A micro-batch's sum of the per-token loss over the step's number of trained tokens: they add up exactly."""
+        """A micro-batch's summed token losses over the step's number of loss tokens, so that micro-batches add up."""
         settings = self._settings
         keep = inputs["loss_mask"].bool()
         completion, mask = inputs["completion_ids"], inputs["completion_mask"]
         teacher_hidden = None
         if settings.objective == "distill":
-            # Before the student's pass: recomputed activations must find the student's adapter active.
+            # Before the student's pass, so that recomputed activations find the student's adapter active.
             with as_teacher(unwrapped_student, settings.teacher):
                 teacher_hidden = completion_hidden(
                     unwrapped_student,
@@ -122,10 +124,10 @@ class OFSDTrainer(ResumableTrainer, DistillationTrainer):
                     completion,
                     mask,
                     keep,
-                )
+                )  # (N, hidden)
         hidden = completion_hidden(
             unwrapped_student, inputs["prompt_ids"], inputs["prompt_mask"], completion, mask, keep
-        )
+        )  # (N, hidden)
         head = unwrapped_student.get_output_embeddings()
         with compute_context(unwrapped_student):
             if teacher_hidden is None:
@@ -139,13 +141,12 @@ class OFSDTrainer(ResumableTrainer, DistillationTrainer):
                     self.temperature,
                     settings.clip,
                     settings.top_k,
-                )
+                )  # (N,)
         items = num_items_in_batch if num_items_in_batch is not None else keep.sum().clamp(min=1)
         return losses.sum() / items, torch.zeros((), device=losses.device), keep.sum()
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """The loss of a whole step and its gradient, in micro-batches. A pair without a token in the loss is left out;
-        if all are, there is no gradient and nothing moves."""
+        """The loss of a whole step and its gradient, in micro-batches. Pairs without a loss token are left out."""
         model.train()
         policy = self.accelerator.unwrap_model(model)
         inputs = self._prepare_inputs(inputs)
@@ -164,10 +165,10 @@ class OFSDTrainer(ResumableTrainer, DistillationTrainer):
         total = average(total)
         hand_over(self.accelerator, policy, total)
         self._guard.see("loss", total)
-        return total.nan_to_num(0.0, 0.0, 0.0)  # it would spoil the loss of every later step in the log
+        return total.nan_to_num(0.0, 0.0, 0.0)  # the Trainer's running mean would stay NaN
 
     def _passes(self, model: Any, inputs: dict[str, Any], batches: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The loss of these batches of pairs, their gradient, and what TRL notes of them."""
+        """Loss and gradient of these micro-batches of pairs, and TRL's metrics of them."""
         total = torch.zeros((), device=inputs["loss_mask"].device)
         noted = {name: len(values) for name, values in self._metrics["train"].items()}
         try:
@@ -179,13 +180,13 @@ class OFSDTrainer(ResumableTrainer, DistillationTrainer):
                 total += loss.detach()
         except BaseException:
             for name, values in self._metrics["train"].items():
-                del values[noted.get(name, 0) :]  # the passes are made again, and noted then
+                del values[noted.get(name, 0) :]  # the passes are repeated
             raise
         return total
 
 
 def training_rows(protocol: Protocol, pairs: Sequence[Pair], config: Config) -> list[dict[str, Any]]:
-    """What the trainer needs of each pair, as ids: `prompt`, `teacher_prompt`, `completion`, and the loss `mask`."""
+    """Each pair's ids: `prompt`, `teacher_prompt`, `completion`, and the loss `mask`."""
     stage = config.ofsd
     prompts = teacher_prompts(protocol, pairs, stage.teacher_prompt, stage.reference_documents)
     rows = []

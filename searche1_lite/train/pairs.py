@@ -1,8 +1,7 @@
-"""Which rollouts of a question make a pair, and what the teacher is shown of it. Pure functions of trajectories.
+"""Which rollouts of a question make a pair, and the teacher's prompt for it. Pure functions of trajectories.
 
 The method: the reference is the correct rollout with the fewest searches, the student the sibling that differs most
-from it. What else can be asked for (`ofsd.reference`, `ofsd.teacher_prompt`) is there to find out what the reference
-does.
+from it. The other choices of `ofsd.reference` and `ofsd.teacher_prompt` are ablations of the reference's effect.
 """
 
 from collections.abc import Sequence
@@ -16,8 +15,7 @@ from searche1_lite.runtime.seeds import derive_seed
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two rollouts of a question: one that the teacher is shown, right and efficient unless something else was asked
-    for, and a sibling that was wrong or less efficient."""
+    """Two rollouts of a question: the reference that the teacher sees, and a wrong or less efficient sibling."""
 
     reference: Trajectory
     student: Trajectory
@@ -38,10 +36,8 @@ def _efficiency(trajectory: Trajectory) -> tuple[int, int]:
 
 
 def difference(one: Trajectory, other: Trajectory) -> tuple[int, float, int]:
-    """How much two rollouts of a question differ, compared left to right.
-
-    Number of searches; then the share of distinct queries they do not have in common; then model-written tokens.
-    """
+    """How much two rollouts of a question differ: by number of searches, then by the share of distinct queries they
+    do not have in common, then by model-written tokens."""
     ours = {" ".join(search.query.lower().split()) for search in one.searches}
     theirs = {" ".join(search.query.lower().split()) for search in other.searches}
     union = ours | theirs
@@ -61,9 +57,9 @@ def select_pairs(
     Args:
         trajectories: rollouts of any questions, several each.
         students: `any`, `wrong` or `correct`: which siblings may be students.
-        reference: `efficient`, or what takes the place of the reference once the student is chosen: `random_correct`,
+        reference: `efficient`, or an ablation that replaces it once the student is chosen: `random_correct`,
             `most_different` or `random` (see `ofsd.reference`).
-        seed: of the random ones, drawn question by question.
+        seed: of the random references, drawn per question.
     """
     groups: dict[str, list[Trajectory]] = {}
     for trajectory in trajectories:
@@ -92,7 +88,7 @@ def select_pairs(
 
 
 def _other_reference(group: Sequence[Trajectory], student: Trajectory, reference: str, seed: int) -> Trajectory:
-    """The sibling that an ablation shows instead; there is at least one, as the efficient one qualifies for each."""
+    """The sibling that an ablation shows instead; the efficient one always qualifies."""
     siblings = [t for t in group if t is not student and (t.correct or reference == "random")]
     siblings.sort(key=lambda t: t.sample)
     if reference == "most_different":

@@ -98,9 +98,7 @@ class Session:
         own_prompts = None if prompts is None else prompts[own]
         with agreeing(self.stop):
             played = self.rollout(questions[own], n, sampling, own_prompts, on_progress)
-        if world_size() == 1:
-            return played
-        trajectories = [Trajectory.from_dict(record) for record in gather([t.to_dict() for t in played])]
+        trajectories = gather_trajectories(played)
         on_progress(len(trajectories) - len(played))
         return trajectories
 
@@ -120,6 +118,13 @@ class Session:
         """A table of `logging.samples` of these, if that is not 0."""
         if self.config.logging.samples:
             self.progress.show(sample_table(title, trajectories, self.config.logging.samples))
+
+
+def gather_trajectories(trajectories: list[Trajectory]) -> list[Trajectory]:
+    """The trajectories of all processes, in the order of the processes."""
+    if world_size() == 1:
+        return trajectories
+    return [Trajectory.from_dict(record) for record in gather([t.to_dict() for t in trajectories])]
 
 
 def is_crowded(threads: int) -> bool:

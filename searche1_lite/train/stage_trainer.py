@@ -52,7 +52,7 @@ def trainer_arguments(model: PeftModel, training: StageTraining, seed: int, step
         "lr_scheduler_type": "constant_with_warmup",
         "weight_decay": 0.0,
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # asks the GPU at every step what `UpdateGuard` knows
+        "logging_nan_inf_filter": False,  # would synchronise with the GPU at every step; `UpdateGuard` checks this
         "disable_tqdm": True,
         "log_level_replica": "error",
         "remove_unused_columns": False,
@@ -63,14 +63,14 @@ def trainer_arguments(model: PeftModel, training: StageTraining, seed: int, step
         "dataloader_pin_memory": model.device.type != "cpu",
         "temperature": config.engine.temperature,
         "max_completion_length": config.protocol.max_completion_tokens,
-        "shuffle_dataset": False,  # the order is ours: the place in it is the step
+        "shuffle_dataset": False,  # the position in the fixed order is the step
         **saving_arguments(training.keeper),
         **reporting_arguments(training.tracked),
     }
 
 
 class StepReporter(TrainerCallback):
-    """Hands each optimizer step's figures on, and stops the trainer when the time is up.
+    """Records each optimizer step, and stops the trainer at its deadline or limit.
 
     Callbacks that come after it find our figures in the log beside TRL's.
 
@@ -85,7 +85,7 @@ class StepReporter(TrainerCallback):
         self.steps = 0 if self._keeper is None else self._keeper.steps  # none may be left in a resumed stage
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        state.save_steps = args.save_steps  # as it is set now, not as it was where a resumed stage was stopped
+        state.save_steps = args.save_steps  # the current setting, not the resumed state's
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.monotonic()
@@ -103,18 +103,18 @@ class StepReporter(TrainerCallback):
             record = {"step": state.global_step, **self._describe(logs), "seconds": round(seconds, 3)}
             self._on_step(record)
             logs |= figures_of(record)
-            state.log_history[-1] |= logs  # a resumed stage tells it again
+            state.log_history[-1] |= logs  # a resumed stage reports it again
             if self._keeper is not None:
                 self._keeper.note(state.global_step)
 
 
 def rows_of(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-    """These rows of a batch's tensors; what belongs to the whole batch is left as it is."""
+    """These rows of a batch's tensors; other values are unchanged."""
     return {key: value[rows] if torch.is_tensor(value) and value.dim() else value for key, value in inputs.items()}
 
 
 def drop_printer(trainer: Any) -> None:
-    """Results go to stdout, so the trainer must not print its logs there."""
+    """Keeps the trainer's logs off stdout, where results go."""
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)

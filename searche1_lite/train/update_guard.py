@@ -1,9 +1,8 @@
-"""No update by numbers that are none: a step with a NaN or an infinity in it leaves weights and optimizer as they were.
+"""Skips updates with NaN or infinity: weights and optimizer state stay as they were.
 
-What is looked at is gathered on the device and read once a step, just before the optimizer's turn: the log-probs and
-the loss of the training pass, and the norm of the gradient. If any is not finite, the gradients are taken away. An
-optimizer passes over a parameter without a gradient (None, not zero), so neither weight, nor momentum, nor its count of
-steps moves. The step still counts as one of the stage's, and so does the learning rate's warm-up.
+The log-probs and the loss of the training pass and the gradient's norm are checked on the device and read once a step,
+before the optimizer. If any is not finite, the gradients are set to None: an optimizer then changes neither weight, nor
+momentum, nor step count. The step still counts as one of the stage, and so does the learning rate's warm-up.
 """
 
 import math
@@ -19,7 +18,7 @@ from searche1_lite.runtime.progress import say_on_stderr
 from searche1_lite.runtime.ranks import gather
 
 SKIPS_IN_A_ROW = 3
-"""Skipped updates, one after the other, that end a run."""
+"""Consecutive skipped updates that end a run."""
 
 _ADVICE = {
     "rollout log-probs": "a log-prob of the rollouts is not finite",
@@ -27,17 +26,17 @@ _ADVICE = {
     "loss": "the loss is not finite",
     "gradient": "the gradient is not finite",
 }
-"""Why an update can be skipped, in the order in which one explains the next."""
+"""Reasons to skip an update; an earlier one causes the later ones."""
 
 
 class UpdateGuard(TrainerCallback):
-    """Skips the updates that would spoil the policy, and ends the run where there is no end to them.
+    """Skips non-finite updates, and ends the run after `SKIPS_IN_A_ROW` of them.
 
-    It belongs behind the callback that writes the step's record: the last skipped step is told before the run ends.
+    It comes after the callback that writes the step's record, so that the last skipped step is recorded.
 
     Args:
-        stage: as the user knows it, such as `round1.grpo`.
-        setting: the learning rate's, to be named where it may help.
+        stage: for messages, such as `round1.grpo`.
+        setting: the learning rate's name, for the remedy.
     """
 
     def __init__(self, stage: str, setting: str) -> None:
@@ -50,17 +49,17 @@ class UpdateGuard(TrainerCallback):
 
     @property
     def refused(self) -> bool:
-        """Is it known already, before the training pass, that there will be no update?"""
+        """Whether the rollouts already rule out an update, before the training pass."""
         return self._refused
 
     def check_rollouts(self, trajectories: Sequence[Trajectory]) -> None:
-        """Refuses the step's update if the rollouts' log-probs, where kept, are no numbers; such are then dropped."""
+        """Refuses the step's update if a rollout's log-probs are not finite, and drops those log-probs."""
         for trajectory in trajectories:
             if trajectory.logprobs is not None and not math.isfinite(sum(trajectory.logprobs)):
                 trajectory.logprobs, self._refused = None, True
 
     def see(self, what: str, values: torch.Tensor) -> None:
-        """Takes note whether all `values` are finite, on their device: nothing is waited for.
+        """Records on their device whether all `values` are finite, without synchronising.
 
         Args:
             what: `log-probs` or `loss`.
@@ -69,12 +68,12 @@ class UpdateGuard(TrainerCallback):
         self._seen[what] = finite & self._seen[what] if what in self._seen else finite
 
     def forget(self) -> None:
-        """A pass is made anew: what was seen of it does not count."""
+        """Drops what was recorded of a pass that is repeated."""
         self._seen = {}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        # Clipped before: a norm that was infinite has made NaNs of them.
+        # They were clipped before: an infinite norm has turned them into NaN.
         finite = {**self._seen, "gradient": torch.nn.utils.get_total_norm(gradients).isfinite()}
         device = next(iter(finite.values())).device  # without any gradient, its norm is not on the GPU
         read = torch.stack([flag.to(device) for flag in finite.values()]).tolist()
@@ -90,11 +89,7 @@ class UpdateGuard(TrainerCallback):
         say_on_stderr(f"{self._stage}, step {state.global_step + 1}: {_ADVICE[self.reason]}; this update is skipped")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Ends the run after `SKIPS_IN_A_ROW`.
-
-        Raises:
-            UserError: then.
-        """
+        """Raises a UserError after `SKIPS_IN_A_ROW`."""
         if logs and "loss" in logs and self.reason is not None and self._in_a_row >= SKIPS_IN_A_ROW:
             raise UserError(
                 f"{self._stage} ends at step {state.global_step}: {self._in_a_row} updates in a row were skipped, the "
@@ -104,8 +99,7 @@ class UpdateGuard(TrainerCallback):
             )
 
     def figures(self, logs: dict[str, Any]) -> dict[str, Any]:
-        """What a step's record says of it: `loss` and `grad_norm`, None where they are no numbers, and `skipped`, the
-        reason or None."""
+        """For a step's record: `loss` and `grad_norm`, None where not finite, and `skipped`, the reason or None."""
         computed = self.reason in (None, "gradient")
         norm = None if self.reason == "rollout log-probs" else finite_or_none(logs.get("grad_norm"))
         return {
@@ -115,14 +109,13 @@ class UpdateGuard(TrainerCallback):
         }
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps of it, for `restore`."""
+        """For a checkpoint; see `restore`."""
         return {"skipped": self.skipped, "in_a_row": self._in_a_row}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Goes on counting from what `state` gave."""
         self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
 
 
 def finite_or_none(value: Any) -> Any:
-    """`value`, or None in place of a number that JSON has no word for."""
+    """`value`, or None for a float that JSON cannot represent."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

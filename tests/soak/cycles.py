@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy
 import psutil
-from searche1_lite.cli.console import RichTasks
+from searche1_lite.runtime.console import RichTasks
 
 from searche1_lite.config import load_config
 from searche1_lite.runtime.quiet import quieten
