@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from searche1_lite.runtime.console import RichTasks
 
 from searche1_lite.cli.pipe import LONGEST_LINE, QuestionLines
 from searche1_lite.config import ModelConfig, load_config
@@ -22,6 +21,7 @@ from searche1_lite.data.trajectory import Passage, Question
 from searche1_lite.policy.adapter import adapter_digest, save_adapter
 from searche1_lite.policy.model import load_policy
 from searche1_lite.rollout.protocol import Protocol
+from searche1_lite.runtime.console import RichTasks
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.serve.answer_view import AnswerView, Reasoning, comparison_table, figures
 from searche1_lite.serve.ask import Asker, AskSettings, Comparison, Event, Found, Searched, Told, Wrote, _WatchedEpisode

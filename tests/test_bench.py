@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from searche1_lite.cli.console import bench_tables
 from transformers import Qwen2Config
 
 from searche1_lite.bench import bench
@@ -25,6 +24,7 @@ from searche1_lite.bench.measure import (
     save_random_base,
 )
 from searche1_lite.bench.memory import _one_step, standard_workload
+from searche1_lite.cli.tables import bench_tables
 from searche1_lite.config import Config, dump_config, load_config, parse_config, preset_names
 from searche1_lite.policy.microbatch import fullest, micro_batches
 from searche1_lite.policy.model import load_policy

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from searche1_lite.cli.console import bench_tables
 from transformers import LlamaConfig
 
 from searche1_lite.bench import bench
@@ -32,6 +31,7 @@ from searche1_lite.bench.rollout import (
 )
 from searche1_lite.bench.round import round_shares
 from searche1_lite.bench.search import percentile
+from searche1_lite.cli.tables import bench_tables
 from searche1_lite.config import Config, load_config
 from searche1_lite.data.questions import load_questions
 from searche1_lite.data.trajectory import Trajectory

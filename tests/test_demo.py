@@ -6,7 +6,6 @@ from dataclasses import asdict
 import pytest
 import torch
 from safetensors.torch import load_file
-from searche1_lite.runtime.console import RichTasks
 from transformers import AutoConfig
 
 from examples.demo_policy.build import (
@@ -28,6 +27,7 @@ from searche1_lite.policy.model import load_policy
 from searche1_lite.rollout.metrics import evaluate
 from searche1_lite.rollout.protocol import Protocol, parse_turn
 from searche1_lite.rollout.scheduler import Sampling
+from searche1_lite.runtime.console import RichTasks
 from searche1_lite.runtime.seeds import derive_seed
 from searche1_lite.search.catalog import open_retriever
 from searche1_lite.train.session import Session

@@ -17,10 +17,10 @@ import pytest
 import torch
 from conftest import adapter_weights, all_equal, fresh_policy
 from safetensors.torch import load_file
-from searche1_lite.runtime.console import RichTasks
 from transformers import TrainerState
 
 from searche1_lite.config import load_config
+from searche1_lite.runtime.console import RichTasks
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.ranks import share
 from searche1_lite.train.checkpoint import RunFolder

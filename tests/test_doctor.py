@@ -11,9 +11,9 @@ import pytest
 import torch
 from hub_server import HubServer
 from rich.console import Console
-from searche1_lite.cli.console import doctor_tables
 
 from searche1_lite.bench.doctor import CUDA_RESERVE, GIB, _memory, advise, examine, model_shape
+from searche1_lite.cli.tables import doctor_tables
 from searche1_lite.config import Config, load_config
 from searche1_lite.policy.memory import MemoryPlan, plan_memory
 

@@ -19,7 +19,6 @@ from conftest import fresh_policy
 from hub_server import HubServer
 from peft import PeftModel
 from safetensors.torch import load_file
-from searche1_lite.runtime.console import RichTasks
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from searche1_lite.config import Config, dump_config, load_config
@@ -29,6 +28,7 @@ from searche1_lite.policy.adapter import save_adapter
 from searche1_lite.policy.merge import merge, save_merged
 from searche1_lite.policy.model import load_policy, resolve_model
 from searche1_lite.rollout.scheduler import Sampling
+from searche1_lite.runtime.console import RichTasks
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.progress import SILENT
 from searche1_lite.serve.export import (

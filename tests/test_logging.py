@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
-from searche1_lite.runtime.console import RichTasks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from searche1_lite.config import Config, LoggingConfig, dump_config, load_config
 from searche1_lite.data.trajectory import Passage, Question, Search, Trajectory, Turn
 from searche1_lite.rollout.samples import choose_samples, is_due, sample_table
+from searche1_lite.runtime.console import RichTasks
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.terminal import one_line
 from searche1_lite.train.checkpoint import RunFolder

@@ -17,10 +17,10 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from searche1_lite.runtime.console import RichTasks
 
 from searche1_lite.config import Config, load_config
 from searche1_lite.rollout.reward import Written, exact_match
+from searche1_lite.runtime.console import RichTasks
 from searche1_lite.runtime.interrupt import Interrupted, Stop
 from searche1_lite.train import session as loaded_run
 from searche1_lite.train.checkpoint import RunFolder

@@ -14,13 +14,13 @@ import pytest
 import torch
 from conftest import adapter_weights, all_equal, fixed_weights
 from safetensors.torch import load_file
-from searche1_lite.runtime.console import RichTasks
 
 from searche1_lite.config import Config, load_config
 from searche1_lite.data.trajectory import Question, Search, Trajectory, Turn
 from searche1_lite.rollout.metrics import evaluate
 from searche1_lite.rollout.reward import exact_match
 from searche1_lite.rollout.scheduler import Sampling
+from searche1_lite.runtime.console import RichTasks
 from searche1_lite.serve.ask import Asker
 from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.diagnostics import watch

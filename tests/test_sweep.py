@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from searche1_lite.cli.console import sweep_table
 
+from searche1_lite.cli.tables import sweep_table
 from searche1_lite.evaluate.sweep.plan import load_plan
 from searche1_lite.evaluate.sweep.runs import check_room, run_sweep
 from searche1_lite.runtime.errors import UserError

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from searche1_lite.runtime.console import RichTasks
 
 from searche1_lite.config import load_config
 from searche1_lite.report.trajectories import read_trajectories
+from searche1_lite.runtime.console import RichTasks
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.rounds import run_training

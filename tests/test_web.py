@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 from chromium import FAINT, chromium, wait
-from searche1_lite.runtime.console import RichTasks
 from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -27,6 +26,7 @@ from searche1_lite.data.trajectory import Passage
 from searche1_lite.policy.adapter import save_adapter
 from searche1_lite.policy.model import load_policy
 from searche1_lite.report.escaping import visible
+from searche1_lite.runtime.console import RichTasks
 from searche1_lite.serve.ask import Asker
 from searche1_lite.serve.guards import GuardedServer, Place, listen
 from searche1_lite.serve.web.app import PAGE_PATHS, create_app

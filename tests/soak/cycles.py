@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy
 import psutil
-from searche1_lite.runtime.console import RichTasks
 
 from searche1_lite.config import load_config
+from searche1_lite.runtime.console import RichTasks
 from searche1_lite.runtime.quiet import quieten
 from searche1_lite.search import bm25
 from searche1_lite.train.checkpoint import RunFolder

@@ -18,10 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from searche1_lite.runtime.console import RichTasks
 from test_resume import SETTINGS, results
 
 from searche1_lite.config import Config, load_config
+from searche1_lite.runtime.console import RichTasks
 from searche1_lite.runtime.quiet import quieten
 from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.rounds import run_training
