@@ -1,4 +1,4 @@
-"""One episode in the making: the environment's part in it, turn by turn."""
+"""The environment's part of an episode, turn by turn."""
 
 from searche1_lite.data.trajectory import Passage, Question, Search, Stopped, Trajectory, Turn
 from searche1_lite.policy.engine import SampledTurn
@@ -7,7 +7,7 @@ from searche1_lite.rollout.reward import exact_match, extract_answer, f1_score
 
 
 class Episode:
-    """One episode in the making: what the environment does with each turn that the policy writes."""
+    """An episode in progress: how the environment reacts to each turn that the policy writes."""
 
     def __init__(
         self, question: Question, sample: int, prompt_ids: list[int], protocol: Protocol, logprobs: bool = False
@@ -17,13 +17,13 @@ class Episode:
         self.protocol = protocol
         self.limits = protocol.config
         self.over = False
-        self._told_no_more = False
+        self._refused_a_search = False
         self._environment_ids: list[int] = []
-        """Environment text that is stored once the policy has something to write after it."""
+        """Environment text that is stored once the policy writes after it."""
 
     @property
     def budget(self) -> int:
-        """Tokens the policy may write in its next turn; the environment text before it is counted."""
+        """Tokens that the policy may write in its next turn."""
         used = len(self.trajectory.completion_ids) + len(self._environment_ids)
         return min(self.limits.max_turn_tokens, self.limits.max_completion_tokens - used)
 
@@ -32,7 +32,7 @@ class Episode:
         return self.trajectory.n_searches < self.limits.max_searches
 
     def take_turn(self, sampled: SampledTurn) -> Action:
-        """Stores the environment's text that was pending and what the policy wrote after it."""
+        """Stores the pending environment text and the turn after it."""
         record = self.trajectory
         self._store(self._environment_ids, [0.0] * len(self._environment_ids), by_model=False)
         self._environment_ids = []
@@ -55,9 +55,10 @@ class Episode:
         if action.kind == "answer":
             return self._end("answer")
         if action.kind == "search":
-            if passages is None:  # asked for more than allowed
-                if self._told_no_more_twice():
+            if passages is None:  # more searches than allowed
+                if self._refused_a_search:
                     return self._end("turn_budget")
+                self._refused_a_search = True
                 return self._reply(self.protocol.no_more_searches_ids())
             self.trajectory.searches.append(Search.of(action.content, passages))
             ids = self.protocol.information_ids(passages)
@@ -69,10 +70,6 @@ class Episode:
         if self.trajectory.n_invalid > self.limits.max_invalid_turns:
             return self._end("end" if sampled.ended == "eos" else "turn_budget")
         return self._reply(self.protocol.correction_ids())
-
-    def _told_no_more_twice(self) -> bool:
-        told, self._told_no_more = self._told_no_more, True
-        return told
 
     def _reply(self, ids: list[int]) -> list[int]:
         self._environment_ids = ids

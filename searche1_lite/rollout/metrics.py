@@ -1,4 +1,4 @@
-"""Metrics of a set of episodes, with confidence intervals. Pure functions of trajectories, or of what they came to."""
+"""Metrics of a set of episodes, with confidence intervals. Pure functions of trajectories or their outcomes."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from searche1_lite.data.questions import data_set_of
 from searche1_lite.data.trajectory import Passage, Trajectory
-from searche1_lite.rollout.reward import UNTELLING, normalize_answer, plain_words
+from searche1_lite.rollout.reward import UNINFORMATIVE, normalize_answer, plain_words
 from searche1_lite.runtime.seeds import derive_seed
 
 _RESAMPLES = 2000
@@ -17,7 +17,7 @@ _RESAMPLES = 2000
 
 @dataclass(slots=True)
 class Outcome:
-    """What one episode came to, small enough to keep for every question of seven data sets."""
+    """One episode's result, small enough to keep for every question of seven data sets."""
 
     id: str
     sample: int
@@ -32,22 +32,21 @@ class Outcome:
     searches: int
     queries: list[str]
     given: int
-    """Searches that were made for the policy, their passages shown in the prompt."""
+    """Searches made for the policy, whose passages are in its prompt."""
     recall: bool | None
-    """Does a gold answer stand in a passage that was found or given? None where nothing was looked up or none can."""
+    """Whether a retrieved passage contains a gold answer; None without passages, or where `holds_gold` is undecided."""
     invalid: int
     """Turns that were neither a search nor an answer."""
     stopped: str
     tokens: int
     """Written by the model."""
     seconds: float | None = None
-    """Its share of the wall time of the questions that were answered together, where that was taken."""
+    """Its share of the wall time of its batch, where measured."""
     failed_searches: int = 0
-    """Searches that could not be made, `given` ones included."""
+    """Searches that failed, `given` ones included."""
 
 
 def outcome(trajectory: Trajectory, seconds: float | None = None) -> Outcome:
-    """What `trajectory` came to."""
     question = trajectory.question
     lookups = [*trajectory.searches, *trajectory.given]
     return Outcome(
@@ -75,19 +74,17 @@ def outcome(trajectory: Trajectory, seconds: float | None = None) -> Outcome:
 
 
 def holds_gold(passages: Sequence[Passage], golds: Sequence[str]) -> bool | None:
-    """Does a gold answer stand, word for word, in a passage's title or its text?
+    """Whether a passage's title or text contains a gold answer, word for word.
 
-    Both normalised as for exact match, or both split into words at whatever is neither letter nor digit: "Nolan's" and
-    "Anglo-French" hold "Nolan" and "French", and "1,200" holds "1200".
-
-    The whole passage counts, also what `max_document_tokens` may have cut off. None where every gold answer is yes, no
-    or nothing once normalised: no passage can tell then.
+    Both are normalised as for exact match, or both split into words at every character that is neither letter nor
+    digit: "Nolan's" and "Anglo-French" contain "Nolan" and "French", and "1,200" contains "1200". The whole passage
+    counts, not only its `max_document_tokens`. None where every gold answer is yes, no or empty once normalised.
     """
-    telling = [gold for gold in golds if normalize_answer(gold) not in UNTELLING]
-    if not telling:
+    golds = [gold for gold in golds if normalize_answer(gold) not in UNINFORMATIVE]
+    if not golds:
         return None
     for split in (normalize_answer, plain_words):
-        wanted = [f" {gold} " for gold in map(split, telling) if gold]
+        wanted = [f" {gold} " for gold in map(split, golds) if gold]
         for passage in passages:
             texts = (f" {split(passage.title)} ", f" {split(passage.text)} ")
             if any(gold in text for text in texts for gold in wanted):
@@ -96,33 +93,31 @@ def holds_gold(passages: Sequence[Passage], golds: Sequence[str]) -> bool | None
 
 
 def evaluate(trajectories: Sequence[Trajectory], seed: int) -> dict[str, Any]:
-    """What an evaluation reports of these episodes, at least one and in any order: see `summarize`."""
+    """`summarize` of these episodes, at least one, in any order."""
     if not trajectories:
         raise ValueError("nothing to evaluate: no trajectories")
     return summarize([outcome(trajectory) for trajectory in trajectories], seed)
 
 
 def summarize(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
-    """What an evaluation reports. All figures are plain numbers, fit for JSON.
+    """An evaluation's figures, as plain numbers for JSON.
 
     Where questions were answered several times, `em`, `f1` and their intervals are over questions' means.
 
     Args:
-        outcomes: what the episodes came to, in any order; at least one.
+        outcomes: at least one, in any order.
         seed: of the bootstrap.
 
     Returns:
         `em`, `em_ci95` ([low, high], 95%: percentile bootstrap over questions), `f1`, `f1_ci95`, `n` (questions),
         `searches_per_question`, `searches_per_correct` (all searches / correct episodes; None if none is correct),
-        `no_search_rate`, `failed_searches` (how many could not be made), `invalid_rate` (episodes with an invalid
-        turn), `unanswered_rate`, `tokens_per_answer` (mean model-written tokens an episode), `retriever_recall` (share
-        of episodes in which a gold answer stood in a passage, of those where something was looked up and `holds_gold`
-        can tell; None if there are none), `misses` (wrong episodes: `search` where no passage held a gold answer,
-        `reasoning` where one did, `no_search` where nothing was looked up, `undecided` where it cannot be told),
-        `em_by_hops` where the questions' metadata has `hops`, and `seconds_per_question` where the time was taken.
-        `by_data_set`, where the metadata has `data_set`, holds the same for each set; for more than one of them,
-        `em_average` and `f1_average` are the means over sets that papers call the average, each with its `_ci95` (a
-        bootstrap within each set).
+        `no_search_rate`, `failed_searches` (a count), `invalid_rate` (episodes with an invalid turn),
+        `unanswered_rate`, `tokens_per_answer` (mean model-written tokens an episode), `retriever_recall` (share of
+        episodes with a gold answer in a passage, of those where `holds_gold` is decided; None if there are none),
+        `misses` (wrong episodes: `search` if no passage has a gold answer, `reasoning` if one does, `no_search` without
+        a search, else `undecided`), `em_by_hops` if the questions' metadata has `hops`, and `seconds_per_question` if
+        measured. `by_data_set`, if the metadata has `data_set`, has the same for each set; for several sets
+        `em_average` and `f1_average` are the means over sets, each with its `_ci95` (a bootstrap within each set).
 
     Raises:
         ValueError: if there is no outcome.
@@ -137,7 +132,7 @@ def summarize(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
     if sets:
         result["by_data_set"] = {name: _figures(items, seed) for name, items in sets.items()}
     if len(sets) > 1:
-        # Sets of one size would be resampled alike if they shared a seed.
+        # Sets of the same size must not be resampled with the same seed.
         resampled = [_resampled_means(*_scores(items), seed=derive_seed(seed, name)) for name, items in sets.items()]
         for index, key in enumerate(("em", "f1")):
             result[f"{key}_average"] = float(np.mean([block[key] for block in result["by_data_set"].values()]))
@@ -151,7 +146,7 @@ def _figures(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
     em_means, f1_means = _resampled_means(em, f1, seed=seed)
     searches = sum(item.searches for item in outcomes)
     correct = sum(item.em >= 1.0 for item in outcomes)
-    told = [item.recall for item in outcomes if item.recall is not None]
+    recalls = [item.recall for item in outcomes if item.recall is not None]
     causes = Counter(_cause(item) for item in outcomes if item.em < 1.0)
     result: dict[str, Any] = {
         "em": float(em.mean()),
@@ -166,7 +161,7 @@ def _figures(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
         "invalid_rate": _share(outcomes, lambda item: item.invalid > 0),
         "unanswered_rate": _share(outcomes, lambda item: item.answer is None),
         "tokens_per_answer": float(np.mean([item.tokens for item in outcomes])),
-        "retriever_recall": float(np.mean(told)) if told else None,
+        "retriever_recall": float(np.mean(recalls)) if recalls else None,
         "misses": {cause: causes[cause] for cause in ("search", "reasoning", "no_search", "undecided")},
     }
     by_hops: dict[str, list[Outcome]] = defaultdict(list)
@@ -183,7 +178,7 @@ def _figures(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
 
 
 def _cause(wrong: Outcome) -> str:
-    """Which part of the agent a wrong answer is put down to."""
+    """The part of the agent that a wrong answer is attributed to."""
     if not wrong.searches and not wrong.given:
         return "no_search"
     return {True: "reasoning", False: "search", None: "undecided"}[wrong.recall]
@@ -210,7 +205,7 @@ def bootstrap_ci95(values: np.ndarray, seed: int) -> list[float]:
 def _resampled_means(*columns: np.ndarray, seed: int) -> np.ndarray:
     """(columns, 2,000) means over seeded resamples of the rows of `columns`, (n,) each.
 
-    One resample is in memory at a time: all of those of 51,713 questions would take 0.8 GB.
+    One resample is in memory at a time: all resamples of 51,713 questions would take 0.8 GB.
     """
     generator, n = np.random.default_rng(derive_seed(seed, "bootstrap")), len(columns[0])
     means = np.empty((len(columns), _RESAMPLES))
@@ -221,8 +216,7 @@ def _resampled_means(*columns: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _all_alike(values: np.ndarray) -> list[float] | None:
-    """[low, high] by Clopper and Pearson where all are 0 or all are 1; None elsewhere. Resamples would all be the same,
-    as if that were certain."""
+    """[low, high] by Clopper and Pearson if all are 0 or all are 1, where a bootstrap has no width; else None."""
     width = 1 - 0.025 ** (1 / len(values))
     return [0.0, width] if not values.any() else [1 - width, 1.0] if (values == 1).all() else None
 

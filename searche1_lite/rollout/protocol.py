@@ -1,8 +1,8 @@
-"""How the policy and its environment talk: tags, prompts, parsing, and the escaping of retrieved text.
+"""Tags, prompts, parsing of turns, and the escaping of retrieved text.
 
-The tags are Search-R1's: `<think>`, `<search>`, `<information>`, `<answer>`. The policy writes everything but
-`<information>` blocks and the two short environment messages. Questions and retrieved text are data: whatever they
-contain, they are encoded so that they can neither open nor close a block nor become a control id.
+The tags are Search-R1's: `<think>`, `<search>`, `<information>`, `<answer>`. The policy writes everything except
+`<information>` blocks and the two short environment messages. Questions and retrieved text are data: they are encoded
+so that they can neither open nor close a block nor become a control id.
 """
 
 import re
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 TAGS = tuple(f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/"))
 
 CHARACTERS_PER_TOKEN = 16
-"""A question with more characters for each token of the prompt's budget is refused before it is tokenised."""
+"""A question with more characters per token of the prompt's budget is refused before it is tokenised."""
 
 _ANGLES = str.maketrans(dict.fromkeys("<＜﹤", "‹") | dict.fromkeys(">＞﹥", "›"))
 _PLACEHOLDER = re.compile(r"\{(rank|title|text)\}")
 _CHAT_MARKER = re.compile(r"<<?\|?/?\w+\|?>>?|\[/?[A-Z_]+\]")
 _MARKER_TOKENS = 64
-"""No chat marker has more tokens."""
+"""The most tokens of a chat marker."""
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-"""How SentencePiece names the tokens that stand for single bytes."""
+"""SentencePiece's names of byte tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What one model turn asks for. `content` is the stripped query or answer; empty for an invalid turn."""
+    """The action of one model turn. `content` is the stripped query or answer; empty for an invalid turn."""
 
     kind: Literal["search", "answer", "invalid"]
     content: str = ""
@@ -78,12 +78,12 @@ def escape(text: str) -> str:
 
 
 def check_question(question: str, limits: ProtocolConfig) -> str:
-    """The question as it is asked: text without surrounding space.
+    """The question without surrounding space and lone surrogates.
 
     Raises:
         UserError: if it is empty, or so long that it cannot fit the prompt's budget.
     """
-    question = question.encode("utf-8", "replace").decode("utf-8").strip()  # a lone surrogate is no text
+    question = question.encode("utf-8", "replace").decode("utf-8").strip()
     if not question:
         raise UserError("the question is empty; write one")
     if len(question) > (most := CHARACTERS_PER_TOKEN * limits.max_prompt_tokens):
@@ -96,7 +96,7 @@ def check_question(question: str, limits: ProtocolConfig) -> str:
 
 @lru_cache(maxsize=4)
 def _vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> tuple[frozenset[int], int]:
-    """The ids whose text has an angle bracket, and the characters of the longest token; `size` is the tokenizer's."""
+    """The ids whose text has an angle bracket, and the longest token's characters; `size` makes the cache's key."""
     names = tokenizer.get_vocab()
     angles = set()
     for name, index in names.items():
@@ -115,19 +115,19 @@ class Protocol:
         config: templates and token budgets.
 
     Raises:
-        UserError: where the chat template does not show a message as it is, exactly once.
+        UserError: if the chat template does not show a message unchanged, exactly once.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: ProtocolConfig) -> None:
         self.tokenizer = tokenizer
         self.config = config
         added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-        # Some tokenizers add runs of blanks (Gemma's among them), which are what honest text is made of.
+        # Some tokenizers, such as Gemma's, add runs of blanks, which occur in ordinary text.
         self._added = {content: index for content, index in added.items() if content.replace("▁", " ").strip()}
         self.control_ids = frozenset(self._added.values()) | frozenset(tokenizer.all_special_ids)
         """Ids that data may never become: every added token, flagged special or not."""
         angles, self._longest = _vocabulary(tokenizer, len(tokenizer))
-        # The tokenizer's normaliser may make angle brackets after the escaping, of ≮ for one.
+        # The tokenizer's normaliser may produce angle brackets after the escaping, such as from ≮.
         self._forbidden = self.control_ids | angles
         self._added_pattern = (
             re.compile("|".join(re.escape(content) for content in sorted(self._added, key=len, reverse=True)))
@@ -137,13 +137,13 @@ class Protocol:
         frame = self._render_text("\x02question\x03")
         markers = set(_CHAT_MARKER.findall(frame)) - self._added.keys() - set(TAGS)
         self._text_markers = re.compile("|".join(map(re.escape, sorted(markers)))) if markers else None
-        """What the chat template writes around messages as ordinary text, such as Llama 2's `[/INST]`."""
+        """Message delimiters that the chat template writes as ordinary text, such as Llama 2's `[/INST]`."""
         frame_ids = set(self._encode(frame)) & self.control_ids
         self._frame_ids = frame_ids - {index for content, index in self._added.items() if content in TAGS}
         opening, closing = config.information_template.split("{documents}")
         self._information_opening = self._encode(opening)
         self._information_closing = self._encode(closing)
-        # The samples of a question find the same passages again and again; texts are cut before they are kept.
+        # The rollouts of a question retrieve the same passages again; texts are cut before they are cached.
         self._encode_document = lru_cache(maxsize=4096)(self.encode_data)
 
     def _encode(self, text: str) -> list[int]:
@@ -152,10 +152,10 @@ class Protocol:
     def encode_data(self, text: str) -> list[int]:
         """Token ids of untrusted text: escaped, and never a control id.
 
-        An added token that survives the escaping (it has no angle bracket, such as `[INST]`) is encoded in two halves.
-        Where such a marker is ordinary text to the tokenizer, its brackets are replaced by look-alikes too.
+        An added token without angle brackets, such as `[INST]`, survives the escaping and is encoded in two halves. A
+        delimiter that is ordinary text to the tokenizer gets look-alike brackets too.
         """
-        # A lone surrogate, such as JSON's \ud800, is no text to a tokenizer.
+        # Tokenizers refuse lone surrogates, such as JSON's \ud800.
         text = escape(text.encode("utf-8", "replace").decode("utf-8"))
         if self._text_markers is not None:
             text = self._text_markers.sub(lambda match: f"‹{match[0][1:-1]}›", text)
@@ -170,11 +170,7 @@ class Protocol:
         return [index for index in ids if index not in self._forbidden]
 
     def _render_text(self, content: str) -> str:
-        """The chat template with one user message, up to where the policy begins to write.
-
-        Raises:
-            UserError: where the template does not show the message as it is, exactly once.
-        """
+        """The chat template with one user message and the generation prompt."""
         if self.tokenizer.chat_template is None:
             return content
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
@@ -200,7 +196,7 @@ class Protocol:
         return ids
 
     def prompt_ids(self, question: str) -> list[int]:
-        """P_S(question): what the policy is asked, as token ids.
+        """P_S(question): the plain prompt's token ids.
 
         Raises:
             UserError: if the question alone exceeds `max_prompt_tokens`.
@@ -211,17 +207,16 @@ class Protocol:
         return ids
 
     def direct_prompt_ids(self, question: str) -> list[int]:
-        """The question to be answered without a search, as token ids; see `prompt_ids` for the error."""
+        """A prompt for an answer without search; raises as `prompt_ids`."""
         self._check_characters(question)
         ids = self._render(self.config.direct_template, {"question": question.strip()})
         self._check_length(len(ids), question)
         return ids
 
     def rag_prompt_ids(self, question: str, passages: Sequence[Passage]) -> list[int]:
-        """The question beside passages that were looked up for it, as token ids.
+        """A prompt with passages retrieved for the question, rendered as a search's; raises as `prompt_ids`.
 
-        The passages are rendered as those of a search are: escaped, each cut to `max_document_tokens`. They come on top
-        of `max_prompt_tokens`; see `prompt_ids` for the error.
+        The passages do not count towards `max_prompt_tokens`.
         """
         self._check_characters(question)
         documents = self.document_ids(passages)
@@ -230,7 +225,7 @@ class Protocol:
         return ids
 
     def _check_characters(self, question: str) -> None:
-        """Refuses what cannot fit before it is tokenised, which takes seconds for a text of megabytes."""
+        """Refuses a question that cannot fit before it is tokenised, which takes seconds for megabytes."""
         if len(question.strip()) > self._longest * self.config.max_prompt_tokens:
             self._check_length(-(-len(question.strip()) // self._longest), question, "at least ")
 
@@ -244,9 +239,9 @@ class Protocol:
     def check_prompts(
         self, questions: Sequence[Question], prompt_ids: Callable[[str], list[int]] | None = None
     ) -> None:
-        """Refuses, before a run begins, what `prompt_ids` (default: the plain prompt's) would refuse in the middle.
+        """Raises before a run begins where `prompt_ids` (default: the plain prompt's) would raise during it.
 
-        Only questions with more bytes than there is room for tokens are encoded.
+        Only questions with more bytes than the budget has tokens are encoded.
         """
         prompt_ids = prompt_ids or self.prompt_ids
         room = self.config.max_prompt_tokens - len(prompt_ids("?"))
@@ -255,12 +250,12 @@ class Protocol:
                 prompt_ids(question.question)
 
     def reference_ids(self, reference: Trajectory, with_documents: bool = True) -> list[int]:
-        """A trajectory as it is shown to the teacher: its own ids, special tokens dropped, documents on request.
+        """A trajectory as the teacher sees it: its own ids without special tokens, and without documents on request.
 
-        What the chat template writes around messages is dropped too, whether flagged special or not: a reference that
-        wrote a marker can neither end the message it is shown in nor begin another one.
+        The chat template's message delimiters are dropped too, special or not, so that a reference that wrote one can
+        neither end the message it is shown in nor begin another.
         """
-        # Some tokenizers list only their named ones; those that were added as special count too.
+        # `all_special_ids` may list named tokens only.
         added = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         special = added | set(self.tokenizer.all_special_ids) | self._frame_ids
         ids = [
@@ -281,10 +276,7 @@ class Protocol:
         return kept
 
     def privileged_prompt_ids(self, question: str, reference: Trajectory, with_documents: bool = True) -> list[int]:
-        """P_T(question, reference): the same question beside a more efficient trajectory, as token ids.
-
-        The reference's own ids are spliced in; nothing of it is decoded and tokenised again.
-        """
+        """P_T(question, reference): the question beside a more efficient trajectory, whose own ids are spliced in."""
         return self._render(
             self.config.privileged_template,
             {"question": question.strip(), "reference": self.reference_ids(reference, with_documents)},
@@ -295,7 +287,7 @@ class Protocol:
         return self._information_opening + self.document_ids(passages) + self._information_closing
 
     def document_ids(self, passages: Sequence[Passage]) -> list[int]:
-        """The passages as data, each cut to `max_document_tokens`; what there is to say where there are none."""
+        """The passages as data, each cut to `max_document_tokens`; a message if there are none."""
         ids: list[int] = []
         for rank, passage in enumerate(passages, start=1):
             ids += self._encode_document(self._document_text(rank, passage))[: self.config.max_document_tokens]
@@ -305,7 +297,7 @@ class Protocol:
         return ids
 
     def _document_text(self, rank: int, passage: Passage) -> str:
-        """The filled-in template; of title and text no more than could fit in the budget."""
+        """The filled-in template; title and text are cut to what can fit in the budget."""
         most = self._longest * self.config.max_document_tokens
         parts = {"rank": str(rank), "title": passage.title[:most], "text": passage.text[:most]}
         return _PLACEHOLDER.sub(lambda match: parts[match[1]], self.config.document_template)

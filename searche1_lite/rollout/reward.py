@@ -1,4 +1,4 @@
-"""What an episode earns: exact match and token F1 of the answer in model-written text.
+"""Exact match and token F1 of the answer in model-written text, and custom rewards.
 
 Normalisation is SQuAD's, as Search-R1 and FlashRAG use it: lower-case, drop punctuation, drop a/an/the, squeeze spaces.
 """
@@ -15,20 +15,20 @@ from searche1_lite.data.trajectory import Trajectory
 from searche1_lite.rollout.protocol import last_block
 from searche1_lite.runtime.errors import UserError
 
-UNTELLING = {"", "yes", "no", "noanswer"}
-"""Normalised answers that stand in nearly every passage, or in none, whatever was found."""
+UNINFORMATIVE = {"", "yes", "no", "noanswer"}
+"""Normalised answers whose presence in a passage says nothing about the retrieval."""
 
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalize_answer(text: str) -> str:
-    """`text` as answers are compared (SQuAD v1.1's `normalize_answer`)."""
+    """`text` normalised for comparison (SQuAD v1.1's `normalize_answer`)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_DROP_PUNCTUATION)).split())
 
 
 def plain_words(text: str) -> str:
-    """`text` in lower case, split at whatever is neither letter nor digit: `Nolan's` is `nolan s`."""
+    """`text` in lower case, split at every character that is neither letter nor digit: `Nolan's` is `nolan s`."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower()))
 
 
@@ -65,27 +65,24 @@ def _f1(prediction: str, gold: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """All that a reward of one's own can see of an episode: what was asked, and what the policy itself wrote.
-
-    No document is in it, so nothing that was retrieved can earn or cost anything.
-    """
+    """The part of an episode that a custom reward sees: the question and model-written text, never a document."""
 
     question: str
     golden_answers: tuple[str, ...]
     turns: tuple[str, ...]
     """The decoded model turns, in order, tags included."""
     queries: tuple[str, ...]
-    """Of the searches that were made."""
+    """The searches' queries."""
     answer: str | None
     """The last complete `<answer>`, or None."""
 
 
 Reward = Callable[[Written], float]
-"""A reward of one's own, for GRPO: any finite number; only differences within a group of rollouts count."""
+"""A custom reward for GRPO: any finite number; only differences within a group of rollouts count."""
 
 
 def written_by_policy(trajectory: Trajectory) -> Written:
-    """An episode without what the environment said in it."""
+    """An episode without its environment text."""
     return Written(
         trajectory.question.question,
         tuple(trajectory.question.golden_answers),
@@ -96,11 +93,7 @@ def written_by_policy(trajectory: Trajectory) -> Written:
 
 
 def earned(reward: Reward, trajectory: Trajectory) -> float:
-    """What an episode earns by a reward of one's own.
-
-    Raises:
-        UserError: if that is not a finite number.
-    """
+    """A custom reward's value; raises a UserError if it is not a finite number."""
     value = reward(written_by_policy(trajectory))
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(
@@ -111,7 +104,7 @@ def earned(reward: Reward, trajectory: Trajectory) -> float:
 
 
 def reward_name(reward: Reward | None) -> str:
-    """What a run's summary calls it."""
+    """Its name in a run's summary."""
     return "exact match" if reward is None else getattr(reward, "__qualname__", type(reward).__qualname__)
 
 
@@ -119,8 +112,8 @@ def extract_answer(turn_texts: Sequence[str]) -> str | None:
     """The last complete `<answer>` block within a single model turn, or None.
 
     Args:
-        turn_texts: the decoded model turns of an episode, in order. Environment text must not be among them; turns are
-            looked at one by one, so that a tag opened in one turn is never closed by another.
+        turn_texts: the decoded model turns of an episode, in order, without environment text. A tag opened in one turn
+            is never closed by another.
     """
     for text in reversed(turn_texts):
         answer = last_block(text, "answer")

@@ -1,4 +1,4 @@
-"""A table of a few trajectories, to see while training what the policy does."""
+"""A table of a few trajectories, shown during training."""
 
 from collections.abc import Sequence
 
@@ -10,15 +10,12 @@ from searche1_lite.runtime.terminal import one_line
 
 
 def is_due(step: int, steps: int, every: int) -> bool:
-    """Is a table shown with this step? With the last one always, and with every `every`-th (0: with no other)."""
+    """Whether this step shows a table: the last one always, and every `every`-th (0: no other)."""
     return step == steps or (every > 0 and step % every == 0)
 
 
 def sample_table(title: str, trajectories: Sequence[Trajectory], count: int) -> Table:
-    """A row a trajectory: its question, its queries, its answer, the gold answer and its reward.
-
-    What a model or a file has written can neither format nor steer the terminal: see `one_line`.
-    """
+    """A row per trajectory: question, queries, answer, gold answer and reward. Its text cannot control the terminal."""
     table = Table(title=Text(one_line(title, 80)))
     for heading, ratio in (("question", 6), ("searches", 6), ("answer", 3), ("gold", 3)):
         table.add_column(heading, ratio=ratio, overflow="fold")
@@ -42,10 +39,10 @@ def sample_table(title: str, trajectories: Sequence[Trajectory], count: int) -> 
 
 
 def choose_samples(trajectories: Sequence[Trajectory], count: int) -> list[Trajectory]:
-    """At most `count` trajectories from which most can be seen; no chance in it.
+    """At most `count` informative trajectories, deterministically.
 
-    First of each group that was answered both right and wrong the most efficient right one and the first wrong one,
-    then the first of each other group, in the order in which the questions come.
+    First the most efficient correct one and the first wrong one of each group that has both, then the first of each
+    other group, in the order of the questions.
     """
     groups: dict[str, list[Trajectory]] = {}
     for trajectory in trajectories:

@@ -1,7 +1,7 @@
-"""Episodes side by side: the policy writes, searches when it asks to, reads what comes back, and answers.
+"""Many episodes side by side: the policy writes, searches, reads the passages, and answers.
 
-A thread searches while other episodes go on writing. On a CPU the moment at which passages are taken up depends on the
-number of steps since they were asked for, never on how fast they came: so a run repeats itself bit for bit.
+A thread searches while other episodes go on writing. On a CPU, passages are read a fixed number of steps after their
+search, never depending on its speed, so that a run is reproducible bit for bit.
 """
 
 import time
@@ -26,24 +26,24 @@ from searche1_lite.search.base import Retriever, search_each
 from searche1_lite.search.thread import SearchThread
 
 HEAD_START = 4
-"""Steps that a search is given, on a CPU, before its passages are waited for."""
+"""Steps between a search and the reading of its passages on a CPU."""
 
 _SEARCHER = SearchThread()
-"""The one thread that searches: Java keeps a record of every thread that ever called it, and one retriever may not be
-called by two at once."""
+"""The only thread that searches: Java keeps a record of every thread that ever called it, and a retriever need not be
+thread-safe."""
 
 
 @dataclass
 class RolloutTimes:
-    """Seconds that rollouts spent, by part, added up over calls."""
+    """Seconds spent in rollouts, by part, added up over calls."""
 
     total: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
     search_wait: float = 0.0
-    """In which nothing was computed because every episode waited for its passages."""
+    """While every episode waited for passages."""
     search: float = 0.0
-    """In which the retriever was at work, beside the rest or alone."""
+    """While the retriever worked, beside the rest or alone."""
     decode_steps: int = 0
     prefill_tokens: int = 0
 
@@ -185,7 +185,7 @@ def rollout(
 
 
 def _fewer(size: int, rows_for: Callable[[int], int]) -> int | None:
-    """The largest half, quarter, ... of `size` that comes to at most half as many rows; None if there is one row."""
+    """The largest half, quarter, ... of `size` that has at most half as many rows; None for one row."""
     rows = rows_for(size)
     while rows > 1 and rows_for(size) > max(1, rows // 2):
         size = size // 2
@@ -199,13 +199,13 @@ class Seat:
     episode: Episode
     stream: UniformStream | None
     group: int
-    """Which question it is of: those of one group have the same prompt."""
+    """Its question's index: episodes of one group share a prompt."""
     slot: int = -1
 
 
 @dataclass(slots=True)
 class _Asked:
-    """The searches of one step, on their way."""
+    """The pending searches of one step."""
 
     turns: list[tuple[Seat, Action, SampledTurn]]
     found: "Future[list[list[Passage]]]"
@@ -213,10 +213,10 @@ class _Asked:
 
 
 class Play:
-    """Plays episodes in the decoder's slots: whoever waits for text to read makes room for others to write.
+    """Plays episodes in the decoder's slots.
 
-    Prompts and replies are read by many rows at a time: when an eighth of the episodes at play has something to read,
-    or when there is nothing to write.
+    Prompts and replies are prefilled for many rows at a time: when an eighth of the active episodes has something to
+    read, or when none can write.
     """
 
     def __init__(
@@ -248,10 +248,10 @@ class Play:
         finally:
             for asked in self._asked:
                 asked.found.cancel()
-            self._report()  # what was over when something broke off need not be played again
+            self._report()  # episodes finished before an error are not played again
 
     def _go_on(self) -> None:
-        """Reads, if it is time to, and writes one token."""
+        """Reads, if enough episodes have something to read, and writes one token."""
         writing = bool(self._decoder.writing.any())
         free = min(self._at.count(None), len(self._queue))
         arrived = [asked for asked in self._asked if self._has_arrived(asked)]
@@ -277,7 +277,7 @@ class Play:
         return self._step - asked.step >= HEAD_START if self._in_step else asked.found.done()
 
     def _take_up(self, arrived: Sequence[_Asked]) -> None:
-        """Turns the passages that were found into replies."""
+        """Turns passages into replies."""
         for asked in arrived:
             with self._clock("search_wait"):
                 found = self._wait_for(asked.found)
@@ -286,13 +286,13 @@ class Play:
                 self._reply(seat, action, turn, passages)
 
     def _wait_for(self, found: "Future[list[list[Passage]]]") -> list[list[Passage]]:
-        """What was found; a search that hangs does not keep anyone from stopping."""
+        """The search's result; `check` may interrupt the wait."""
         while self._check is not None and wait([found], timeout=1.0).not_done:
             self._check()
         return found.result()
 
     def _read(self) -> None:
-        """Gives free slots to new episodes, and has their prompts and all replies read."""
+        """Gives free slots to new episodes, and prefills their prompts and all replies."""
         chunks: dict[Seat, list[int]] = {}
         shared: list[tuple[Seat, Seat]] = []
         first = {seat.group: seat for seat in self._at if seat is not None}
@@ -312,13 +312,13 @@ class Play:
             for sibling, seat in shared:
                 self._decoder.share(sibling.slot, seat.slot, len(seat.episode.trajectory.prompt_ids) - 1)
         self._times.prefill_tokens += sum(map(len, chunks.values()))
-        # The last id of a text is fed by the step that writes the first one after it.
+        # The last id of a text is fed by the step that samples the first token after it.
         for seat, ids in [(seat, seat.episode.trajectory.prompt_ids) for seat in fresh] + self._replies:
             self._decoder.begin(seat.slot, ids[-1], seat.episode.budget, seat.stream)
         self._replies = []
 
     def _write(self) -> None:
-        """One token each, and what follows from the turns that it ended."""
+        """One token for each writing row, and the actions of the turns it ended."""
         writing = self._decoder.writing.nonzero()[0].tolist() if self._on_token else []
         with self._clock("decode"):
             ended = self._decoder.step()
@@ -342,7 +342,7 @@ class Play:
             self._asked.append(_Asked(searches, found, self._step))
 
     def _reply(self, seat: Seat, action: Action, turn: SampledTurn, passages: list[Passage] | None) -> None:
-        """Lets the environment react; an episode that is over with it gives its slot back."""
+        """Lets the environment react; a finished episode releases its slot."""
         ids = seat.episode.react(action, turn, passages)
         if seat.episode.over:
             self._decoder.release(seat.slot)
@@ -352,7 +352,7 @@ class Play:
             self._replies.append((seat, turn.ids[-1:] + ids))
 
     def _compact(self) -> None:
-        """Moves the last rows to free slots before them, where steps then take fewer rows."""
+        """Moves the last rows into free slots where steps then need fewer rows."""
         taken = [seat for seat in self._at if seat is not None]
         if not taken or self._decoder.rows_for(len(taken)) == self._decoder.rows_for(taken[-1].slot + 1):
             return
@@ -373,7 +373,7 @@ class Play:
 
 
 def _search(retriever: Retriever, queries: list[str], k: int, times: RolloutTimes) -> list[list[Passage]]:
-    """In the thread that searches. It holds on to nothing of the rollout, should that break off."""
+    """Runs in the search thread; keeps no reference to the rollout."""
     began = time.perf_counter()
     try:
         return search_each(retriever, queries, k)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from searche1_lite.data.trajectory import Search
-from searche1_lite.rollout.reward import UNTELLING, normalize_answer, plain_words
+from searche1_lite.rollout.reward import UNINFORMATIVE, normalize_answer, plain_words
 
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*\s+(?=[^\sa-z])|\n\s*|[。！？]\s*")
 _NO_END = re.compile(r"(?:^|[\s(])(?:\w|Mr|Mrs|Ms|Dr|St|Jr|Sr|Prof|Gen|Col|Sgt|No|vs|Mt|Ft)\.\s+$")
@@ -28,7 +28,7 @@ def find_sources(answer: str | None, searches: Iterable[Search]) -> list[Source]
     The whole text counts, also what `max_document_tokens` may have kept from the policy. None of them where the answer
     is yes, no or nothing once normalised: those words tell nothing wherever they stand.
     """
-    if answer is None or normalize_answer(answer) in UNTELLING:
+    if answer is None or normalize_answer(answer) in UNINFORMATIVE:
         return []
     passages = {passage.id: passage for search in searches for passage in search.passages}
     sources: list[Source] = []
