@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig
 
+from examples.plot_bench import ratios, save_plot
 from searche1_lite.bench import bench
 from searche1_lite.bench import rollout as bench_rollout
 from searche1_lite.bench.baselines import ToolLoop, cut_turn, reprefill_rollouts, stop_ids
 from searche1_lite.bench.limits import Demand, demand, step_limit
-from searche1_lite.bench.plot import ratios, save_plot
 from searche1_lite.bench.rollout import (
     QuickEpisode,
     Workload,
@@ -40,7 +40,6 @@ from searche1_lite.policy.model import load_policy
 from searche1_lite.rollout.episode import Episode
 from searche1_lite.rollout.protocol import Action, Protocol
 from searche1_lite.rollout.scheduler import RolloutTimes
-from searche1_lite.runtime.errors import UserError
 from searche1_lite.train import session as loaded_run
 
 LOOPS = ("ours", "trl", "reprefill")
@@ -197,12 +196,11 @@ def test_a_loop_that_runs_out_of_memory_has_no_figures_and_costs_no_other_its_ow
     scripted: Workload,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
     lost: tuple[str, ...],
 ) -> None:
     for loop in lost:
         monkeypatch.setattr(*FUNCTIONS[loop], without_memory)
-    workload = replace(scripted, name="small", trials=scripted.trials[:1])
+    workload = replace(scripted, name="small")
     parts: list[str] = []
     found = report(workload, 2, parts.append)
     assert found is not None and {loop for loop in LOOPS if found[loop] is None} == set(lost)
@@ -210,7 +208,7 @@ def test_a_loop_that_runs_out_of_memory_has_no_figures_and_costs_no_other_its_ow
     for loop in ("trl", "reprefill"):
         assert (found[f"speedup_vs_{loop}"] is None) is (loop in lost or "ours" in lost)
     gone = "ours" in lost
-    assert (found["shares"] is None) is (found["predicted"] is None) is (found["growth"]["knee"] is None) is gone
+    assert (found["shares"] is None) is (found["growth"]["knee"] is None) is gone
     told = [
         f"small: {loop}: out of memory, so there are no figures of it; all others are kept"
         for loop in LOOPS
@@ -225,8 +223,6 @@ def test_a_loop_that_runs_out_of_memory_has_no_figures_and_costs_no_other_its_ow
     with console.capture() as shown:
         console.print(*bench_tables(whole))
     assert shown.get().count("out of memory") == len(lost) + 1 + 2 * gone
-    assert len(ratios(whole)) == (0 if gone else 2 - len(lost))
-    save_plot(whole, tmp_path / "bench.svg")
 
 
 def test_workloads_that_do_not_fit_at_all_are_none(monkeypatch: pytest.MonkeyPatch, scripted: Workload) -> None:
@@ -350,9 +346,6 @@ def test_bench_gives_every_figure_beside_its_baselines(found: dict[str, Any]) ->
             assert workload[f"speedup_vs_{loop}"] == pytest.approx(ratio, abs=1e-3)
         assert 0 <= workload["search_wait_share"] <= 1 and workload["bandwidth_fraction"] is None
         assert sum(workload["shares"].values()) == pytest.approx(1.0, abs=1e-3)
-        predicted = workload["predicted"]
-        assert predicted["vs_measured"] == pytest.approx(predicted["seconds"] / workload["ours"]["seconds"], abs=1e-3)
-        assert sum(predicted["costs"]["stepping"]) > 0 and sum(predicted["costs"]["searching"]) > 0
     assert found["rollout"]["demo"]["same_tokens"] == 1.0
     search = found["search"]
     assert search["same_results"] == 1.0 and search["remembered_qps"] > search["batch_64"]["ours"]["qps"]
@@ -379,15 +372,7 @@ def test_the_plot_has_a_bar_for_each_ratio(found: dict[str, Any], tmp_path: Path
     found = found | {"memory": {"grpo_vs_dense": 0.1, "ofsd_vs_dense": None}}
     bars = ratios(found)
     assert bars["GRPO step's memory: dense"] == pytest.approx(10.0)
-    assert not any(name.startswith("OFSD") for name in bars), "what did not fit into the memory has no ratio"
     assert bars["rollouts, demo: TRL's loop"] == found["rollout"]["demo"]["speedup_vs_trl"]
-    assert len(bars) == 1 + 2 * 2 + 2
-    save_plot(found, tmp_path / "bench.svg")
-    save_plot(found, tmp_path / "bench.png")
+    assert len(bars) == 1 + 2 * 2 + 2, "a stage that did not fit into memory has no ratio"
+    save_plot(found, str(tmp_path / "bench.png"))
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (tmp_path / "bench.svg").read_text()
-
-
-def test_a_plot_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing to plot"):
-        save_plot({"machine": {"gpu": None, "threads": 1}}, tmp_path / "bench.png")

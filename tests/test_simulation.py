@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from searche1_lite.bench.prediction import _fit
+from examples.planning.simulation import Script, Written, script_of, simulate
 from searche1_lite.bench.rollout import Workload
-from searche1_lite.bench.simulation import Script, Written, script_of, simulate
 from searche1_lite.config import load_config
 from searche1_lite.data.questions import load_questions
 from searche1_lite.policy.model import load_policy
@@ -87,10 +86,3 @@ def test_one_thread_searches_and_remembers_what_it_found() -> None:
         return simulate([searching(n, query) for n, query in enumerate(queries)], 3, Prices(), in_step=False).search
 
     assert waited("a", "b", "c") == 300.0 and waited("a", "a", "b") == 200.0
-
-
-def test_costs_are_found_again_from_what_they_add_up_to() -> None:
-    measured = [((1.0, rows, rows * columns), 3 + 2 * rows + 0.5 * rows * columns) for rows, columns in
-                [(1, 4), (2, 4), (8, 4), (8, 40)]]  # fmt: skip
-    assert _fit(measured) == pytest.approx((3.0, 2.0, 0.5))
-    assert all(part >= 0 for part in _fit([((1.0, 1.0), 2.0), ((1.0, 2.0), 1.0)]))

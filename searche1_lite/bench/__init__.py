@@ -43,8 +43,7 @@ def bench(
           `tokens`, `trajectories_per_second` and `tokens_per_second`; `speedup_vs_trl` and `speedup_vs_reprefill`
           (their seconds / ours); `same_tokens`, the share of trajectories that all three wrote alike, None where tokens
           are sampled; `shares` of the engine's time (`prefill`, `decode`, `search_wait`, `other`) and
-          `search_wait_share`; `predicted`, what a simulation says of the engine's time from what its parts take
-          (`seconds`, `vs_measured`, `costs`; None on a GPU); `bandwidth_fraction` (None on a CPU); and for some
+          `search_wait_share`; `bandwidth_fraction` (None on a CPU); and for some
           `growth`: `trajectories`, `seconds_per_trajectory` by the number of episodes side by side, and the `knee` in
           them. On a GPU None stands for a loop, and its ratios, or a workload that ran out of memory.
         - `search`: figures in batches of 1 and 64, and their ratios; `measure_search` lists them.

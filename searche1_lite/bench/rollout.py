@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 from searche1_lite.bench.baselines import ToolLoop, reprefill_rollouts, stop_ids
 from searche1_lite.bench.limits import demand, measure_gpu, step_limit
 from searche1_lite.bench.measure import save_random_base
-from searche1_lite.bench.prediction import predict
 from searche1_lite.config import Config, load_config
 from searche1_lite.data.questions import load_questions
 from searche1_lite.data.trajectory import Passage, Question, Search, Trajectory
@@ -85,10 +84,6 @@ class OneTurn(ScriptedEpisode):
     searches = 0
 
 
-class TrialEpisode(ScriptedEpisode):
-    searches, turn_tokens = 1, 8
-
-
 @dataclass
 class Workload:
     """What is played: `n` episodes of each question, `config.engine.batch_size` of them side by side."""
@@ -103,9 +98,6 @@ class Workload:
     episode: type[Episode] = Episode
     warm_up: type[Episode] | None = None
     """What warms up a CPU, with one question; None: all that is timed, since Java compiles its search late."""
-    trials: Sequence[tuple[Sequence[Question], int, int]] = ()
-    """Questions, episodes of each and rows of the smaller rollouts from which the time is predicted."""
-    trial_episode: type[Episode] = Episode
     growth: tuple[int, ...] = ()
     """Numbers of episodes side by side at which the engine is timed alone."""
 
@@ -150,10 +142,8 @@ def demo_workload(quick: bool = False) -> Workload:
     model, tokenizer = load_policy(config.model, seed=0)
     config = _sized(config, model, 80)
     questions = load_questions("demo:train", "train", 4 if quick else 16)
-    others = load_questions("demo:dev", "dev", len(questions))
-    trials = [(others[: len(others) // part], 5, config.engine.batch_size // part) for part in (4, 2, 1)]
     growth = (8, 16) if quick else (8, 16, 32, 64, 128, 256)
-    return Workload("demo", config, model, tokenizer, questions, 5, True, growth=growth, trials=trials)
+    return Workload("demo", config, model, tokenizer, questions, 5, True, growth=growth)
 
 
 def small_shape(layers: int = 30) -> "PretrainedConfig":
@@ -267,10 +257,7 @@ def _scripted(
     n = next(size for size in (5, 4, 2, 1) if rows % size == 0)
     config = _sized(config, model, rows)
     questions = load_questions("demo:train", "train", rows // n)
-    trial = type("Trial", (TrialEpisode,), {"document_tokens": script.document_tokens})
-    others = load_questions("demo:dev", "dev", rows // n)
-    trials = [(others, size, rows) for size in sorted({max(1, n // 2), n})]
-    return Workload(name, config, model, tokenizer, questions, n, False, script, OneTurn, trials, trial, growth)
+    return Workload(name, config, model, tokenizer, questions, n, False, script, OneTurn, growth)
 
 
 def report(workload: Workload, repeats: int, on_part: OnPart = lambda name: None) -> dict[str, Any] | None:
@@ -320,11 +307,8 @@ def report(workload: Workload, repeats: int, on_part: OnPart = lambda name: None
     alike = workload.greedy and len(played) == len(seconds)
     found["same_tokens"] = round(same_tokens(*played.values()), 4) if alike else None
     found |= shares(times if ours else RolloutTimes())
-    found["predicted"] = found["bandwidth_fraction"] = None
+    found["bandwidth_fraction"] = None
     if ours:
-        if not gpu:  # whose captured steps take as long as their bucket, which the simulation does not know
-            on_part(f"{workload.name}: parts, one by one")
-            found["predicted"] = predict(workload, ours, found["ours"]["seconds"])
         limit = f"{workload.name}: bandwidth and arithmetic"
         found["bandwidth_fraction"] = if_it_fits(limit, lambda: bandwidth_fraction(workload, ours, times, repeats))
     if workload.growth:

@@ -324,26 +324,20 @@ def bench(
     ] = None,
     part: args.Part = None,
     quick: Annotated[bool, typer.Option("--quick", help="A minute or two, for rougher figures.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Also draw the ratios, to a .png, .svg or .pdf file.")] = None,
     as_json: args.AsJson = False,
 ) -> None:
     """Measure this machine beside baselines, or a preset's peak memory."""
     from searche1_lite.bench import bench as run_bench
     from searche1_lite.bench import check_parts
-    from searche1_lite.bench.plot import check_plot_file, save_plot
     from searche1_lite.config import load_config
 
     check_parts(part or ())
-    if plot:
-        check_plot_file(plot)
     settings = load_config(preset, config, overrides or []) if preset or config or overrides else None
     quieten()
     found = run_bench(settings, cap_gb, on_part=_say, parts=part or (), quick=quick)
     from searche1_lite.cli.tables import bench_tables
 
     _show(found, as_json, bench_tables)
-    if plot:
-        save_plot(found, plot)
 
 
 @app.command(epilog="Example: searche1-lite sweep examples/settle-it.yaml --out runs/settle-it")

@@ -173,8 +173,6 @@ def rollout_tables(workloads: dict[str, Any], device: str) -> list[Table | str]:
         if found["same_tokens"] is not None:
             told.append(f"{found['same_tokens']:.1%} alike in all three")
         told += [f"{part.replace('_', ' ')} {share:.0%}" for part, share in (found["shares"] or {}).items()]
-        if predicted := found.get("predicted"):
-            told.append(f"predicted from its parts: {predicted['seconds']:.2f} s")
         if found["bandwidth_fraction"] is not None:
             told.append(f"{found['bandwidth_fraction']:.0%} of the limit of bandwidth and arithmetic")
         lines.append(f"{name}: {', '.join(told)}")

@@ -1,8 +1,8 @@
 """A rollout's rows as requests to vLLM: what is asked, what comes back, and where a turn ends."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -10,8 +10,20 @@ from searche1_lite.policy.engine import SampledTurn, UniformStream
 from searche1_lite.policy.stopping import TagAutomaton
 from searche1_lite.runtime.seeds import derive_seed
 
-if TYPE_CHECKING:
-    from searche1_lite.policy.vllm_engine import VllmEngine
+
+class RequestEngine(Protocol):
+    """What `VllmEngine` offers its decoders."""
+
+    ends: frozenset[int]
+    automaton: TagAutomaton
+
+    def ask(self, ids: Sequence[int], settings: Mapping[str, Any], lora: Any) -> str: ...
+
+    def step(self) -> list[tuple[str, list[int], list[float], bool]]: ...
+
+    def abort(self, names: list[str]) -> None: ...
+
+    def sleep(self) -> None: ...
 
 
 def sampling(
@@ -76,7 +88,7 @@ class VllmDecoder:
 
     def __init__(
         self,
-        engine: "VllmEngine",
+        engine: RequestEngine,
         lora: Any,
         slots: int,
         *,

@@ -1,9 +1,7 @@
-"""How long rollouts take, worked out from what their parts take: nothing is played.
+"""How long rollouts take, computed from the time of their parts.
 
-The scheduler is the real one (`rollout.Play`), and so are the decoder's books: who writes, who reads, in which slot, at
-what length. Only the passes through the model and the searches are left out; each moves a clock by its cost instead.
-With costs measured on a machine this predicts what `bench` finds there (`prediction.py`); with those of a card that one
-has only read about, it plans (`examples/planning.py`).
+The scheduler (`rollout.scheduler.Play`) and the decoder's bookkeeping are the real ones. Passes through the model and
+searches are replaced by a clock that advances by their cost.
 """
 
 from collections.abc import Callable, Sequence

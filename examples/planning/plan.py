@@ -1,13 +1,13 @@
 """A round of 170,000 questions with Qwen2.5-3B, on paper: hours by part and searches a second, by number of cards.
 
-Rollouts are simulated (`searche1_lite/bench/simulation.py`): the real scheduler, on passes that take as long as a card
+Rollouts are simulated (`simulation.py`): the real scheduler, on passes that take as long as a card
 needs at best to read weights and cache, or for the arithmetic, divided by `--efficiency`. Training is arithmetic alone.
 A step ends with its slowest card. What one process does for all, in the meantime, is the writing down of rollouts.
 **A plan, not a measurement**: the efficiency, the lengths of episodes and what a search takes are assumptions. On your
 card, `searche1-lite bench` and the `summary.json` of a run tell what to put in their place. It leaves out that groups
 which teach nothing leave cards idle in training, evaluation, and what it takes to hold the rollouts of a round.
 
-python examples/planning.py --efficiency 0.4
+python examples/planning/plan.py --efficiency 0.4
 """
 
 import argparse
@@ -19,8 +19,9 @@ import searche1_lite as s1
 
 s1.quieten()
 
+from simulation import Script, Written, simulate
+
 from searche1_lite.bench.limits import Demand, step_limit
-from searche1_lite.bench.simulation import Script, Written, simulate
 from searche1_lite.train.run import EPISODES_AT_ONCE
 
 LAYERS, HEAD = 2.77e9, 0.31e9

@@ -1,23 +1,18 @@
-"""One picture of what `bench` found: each ratio beside 1, and the engine's time as more episodes run side by side."""
+"""A picture of a bench's result: each ratio beside 1, and the engine's time as more episodes run side by side.
 
-from pathlib import Path
+searche1-lite bench --json > bench.json
+python examples/plot_bench.py bench.json bench.png
+"""
+
+import json
+import sys
 from typing import Any
 
-from searche1_lite.runtime.errors import UserError
+import matplotlib
 
-FORMATS = (".png", ".svg", ".pdf")
+matplotlib.use("Agg")  # no window
 
-
-def check_plot_file(file: Path) -> None:
-    """Before anything is measured.
-
-    Raises:
-        UserError: if the picture could not be saved there.
-    """
-    if file.suffix.lower() not in FORMATS:
-        raise UserError(f"--plot {file} has no format; name it .png, .svg or .pdf")
-    if not file.absolute().parent.is_dir():
-        raise UserError(f"--plot {file}: there is no folder {file.absolute().parent}; make it, or choose another place")
+from matplotlib import pyplot
 
 
 def ratios(found: dict[str, Any]) -> dict[str, float]:
@@ -40,21 +35,12 @@ def _played(found: dict[str, Any]) -> dict[str, Any]:
     return {name: workload for name, workload in found.get("rollout", {}).items() if workload is not None}
 
 
-def save_plot(found: dict[str, Any], file: Path) -> None:
-    """Writes the picture; which panels it has depends on the parts that were measured.
-
-    Raises:
-        UserError: if nothing that was measured can be drawn.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no window
-    from matplotlib import pyplot
-
+def save_plot(found: dict[str, Any], file: str) -> None:
+    """Writes the picture, with a panel for each kind of result."""
     bars = ratios(found)
     curves = {name: workload["growth"] for name, workload in _played(found).items() if "growth" in workload}
     if not bars and not curves:
-        raise UserError("nothing to plot: measure memory, rollout or search", exit_code=1)
+        sys.exit("nothing to plot: measure memory, rollout or search")
     figure, axes = pyplot.subplots(
         1, bool(bars) + bool(curves), figsize=(6.4 * (bool(bars) + bool(curves)), 1.6 + 0.4 * max(6, len(bars))),
         squeeze=False, layout="constrained",
@@ -88,3 +74,10 @@ def save_plot(found: dict[str, Any], file: Path) -> None:
     figure.suptitle(machine["gpu"] or f"CPU, threads: {machine['threads']}")
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    with open(sys.argv[1], encoding="utf-8") as result:
+        save_plot(json.load(result), sys.argv[2])
