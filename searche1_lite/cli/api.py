@@ -15,7 +15,7 @@ from searche1_lite.config import Config, default_preset, load_config
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.progress import SILENT, Progress, say_on_stderr
 from searche1_lite.runtime.quiet import quieten
-from searche1_lite.runtime.ranks import agreeing, check_alone, is_launched, one_first
+from searche1_lite.runtime.ranks import check_single_process, fail_together, is_launched, local_main_first
 from searche1_lite.train.processes import join
 
 if TYPE_CHECKING:
@@ -96,13 +96,13 @@ def train_policy(
     check_trackers(config.logging)
     _prepare_process()
     join(config)
-    with one_first():
+    with local_main_first():
         questions = load_run_questions(config, say)  # faulty files are refused before a folder is made
-    with agreeing():
+    with fail_together():
         folder = RunFolder(Path(out), config, resume)
         folder.claim()
     try:
-        with one_first():
+        with local_main_first():
             retriever = retriever or _open(config, yes, progress, say)
         if quiet:
             quieten()
@@ -393,7 +393,7 @@ def _prepare_process(alone: str | None = None) -> None:
             "`accelerate launch -m searche1_lite train ...`"
         )
     if alone is not None:
-        check_alone(alone)
+        check_single_process(alone)
     if sys.platform == "linux":
         # Steps, and the buckets of the KV cache, differ in size; without this, the memory that one leaves behind is in
         # pieces too small for the next.

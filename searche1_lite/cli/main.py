@@ -497,10 +497,10 @@ def main() -> None:
         if found is None or os.environ.get("SEARCHE1_LITE_DEBUG"):
             raise
         message, exit_code = found
-        if isinstance(error, UserError) and error.told_elsewhere:
-            from searche1_lite.runtime.ranks import let_the_teller_end_first
+        if isinstance(error, UserError) and error.reported_elsewhere:
+            from searche1_lite.runtime.ranks import let_the_reporter_exit_first
 
-            let_the_teller_end_first()
+            let_the_reporter_exit_first()
         else:
             from searche1_lite.runtime.ranks import place
 

@@ -14,7 +14,7 @@ class UserError(Exception):
         exit_code: 2 for wrong usage (bad config, missing file), 1 for a failure while running.
     """
 
-    told_elsewhere = False
+    reported_elsewhere = False
     """Does another process tell the user of it?"""
 
     def __init__(self, message: str, exit_code: int = 2) -> None:

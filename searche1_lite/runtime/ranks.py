@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from searche1_lite.runtime.errors import UserError, explain
 from searche1_lite.runtime.interrupt import Interrupted, Stop
@@ -29,24 +30,25 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 PATIENCE = timedelta(hours=4)
 """How long one process waits for the others, while they fetch an index for instance. One that dies is noticed at once;
 this ends what hangs."""
 
-TELLERS_TIME_S = 30.0
+REPORTER_TIME_S = 30.0
 """How long a process that has nothing to tell of an error stays, for the one that has; the launcher ends it sooner."""
 
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-_SIGNS_OF_LOSS = ("peer", "gloo", "nccl", "broken pipe", "tcpstore")
+_LOST_PROCESS_MESSAGES = ("peer", "gloo", "nccl", "broken pipe", "tcpstore")
 """In the messages of PyTorch's errors about a process that is gone; only some of them have a type of their own."""
 
 
-class ToldElsewhereError(UserError):
+class ReportedElsewhereError(UserError):
     """What another process tells the user; this one ends without a word."""
 
-    told_elsewhere = True
+    reported_elsewhere = True
 
 
 def is_launched() -> bool:
@@ -74,12 +76,7 @@ def place() -> str:
     return "" if is_first() else f"process {rank()}: "
 
 
-def uses_deepspeed() -> bool:
-    """Did the launcher say that DeepSpeed makes the updates?"""
-    return is_launched() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-
-
-def check_alone(what: str) -> None:
+def check_single_process(what: str) -> None:
     """Refuses several processes for what is done by one.
 
     Raises:
@@ -91,16 +88,16 @@ def check_alone(what: str) -> None:
 
 def error_once(message: str) -> UserError:
     """An error that all processes find by themselves."""
-    return UserError(message) if is_first() else ToldElsewhereError(message)
+    return UserError(message) if is_first() else ReportedElsewhereError(message)
 
 
-def let_the_teller_end_first() -> None:
+def let_the_reporter_exit_first() -> None:
     """Before a process ends with what another one tells: the first to end has the launcher end all others, and one that
     has not spoken by then never would."""
-    time.sleep(TELLERS_TIME_S)
+    time.sleep(REPORTER_TIME_S)
 
 
-def check_alike(settings: dict[str, Any]) -> None:
+def check_same(settings: dict[str, Any]) -> None:
     """Refuses processes that differ in what they were given: they would not come to the same steps.
 
     Raises:
@@ -117,7 +114,7 @@ def check_alike(settings: dict[str, Any]) -> None:
 
 
 @contextmanager
-def one_first() -> Iterator[None]:
+def local_main_first() -> Iterator[None]:
     """Around what may fetch or build files: on each machine one process does it, then the others find them.
 
     Raises:
@@ -167,27 +164,45 @@ def gather(items: list[T]) -> list[T]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` gives in the first process, where alone it is called.
+    """The result of `make` in the first process, which alone calls it; nested calls are its own.
 
     Raises:
-        UserError: that `make` raised there, or for an OSError; in the other processes as `ToldElsewhereError`.
+        UserError: that `make` raised there, or for an OSError; as `ReportedElsewhereError` in the other processes.
     """
-    if world_size() == 1:
+    global _for_all
+    if world_size() == 1 or _for_all:
         return make()
-    told: Any = None
+    result: Any = None
     failed: UserError | None = None
     if is_first():
+        _for_all = True
         try:
-            told = [make(), None]
+            result = [make(), None]
         except (UserError, OSError) as error:
             message, code = explain(error) or (str(error), 1)
-            failed, told = UserError(message, code), [None, (message, code)]
-    value, fault = _exchange(told)[0]
+            failed, result = UserError(message, code), [None, (message, code)]
+        finally:
+            _for_all = False
+    value, fault = _exchange(result)[0]
     if failed is not None:
         raise failed
     if fault is not None:
-        raise ToldElsewhereError(*fault)
+        raise ReportedElsewhereError(*fault)
     return value
+
+
+_for_all = False
+"""Whether the first process is within `from_first`."""
+
+
+def on_first_process(method: Callable[P, T]) -> Callable[P, T]:
+    """A method that the first process calls for all (`from_first`)."""
+
+    @wraps(method)
+    def call(*arguments: P.args, **named: P.kwargs) -> T:
+        return from_first(lambda: method(*arguments, **named))
+
+    return call
 
 
 def _exchange(value: Any) -> list[Any]:
@@ -198,7 +213,7 @@ def _exchange(value: Any) -> list[Any]:
 
     device = PartialState().device
     said = torch.frombuffer(bytearray(json.dumps(value, default=_as_json).encode()), dtype=torch.uint8).to(device)
-    with telling_of_losses():
+    with detect_lost_process():
         sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
         dist.all_gather(sizes, torch.tensor([len(said)], device=device))
         longest = max(int(size) for size in sizes)
@@ -223,7 +238,7 @@ def _from_json(found: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def agreeing(stop: Stop | None = None) -> Iterator[None]:
+def fail_together(stop: Stop | None = None) -> Iterator[None]:
     """Around what each process does by itself, and may break off: then all end it, in the same way.
 
     One that has failed or is to stop would otherwise leave the others waiting for it.
@@ -254,11 +269,11 @@ def _end_if_failed(failed: UserError | None) -> None:
         if fault is not None:
             if failed is not None and place == rank():
                 raise failed
-            raise ToldElsewhereError(f"process {place} has failed: {fault[0]}", fault[1])
+            raise ReportedElsewhereError(f"process {place} has failed: {fault[0]}", fault[1])
 
 
 @contextmanager
-def telling_of_losses() -> Iterator[None]:
+def detect_lost_process() -> Iterator[None]:
     """Around what waits for other processes.
 
     Raises:
@@ -268,7 +283,7 @@ def telling_of_losses() -> Iterator[None]:
         yield
     except RuntimeError as error:
         kind = type(error).__name__.startswith("Dist")  # torch.distributed's own
-        if world_size() == 1 or not (kind or any(sign in str(error).lower() for sign in _SIGNS_OF_LOSS)):
+        if world_size() == 1 or not (kind or any(sign in str(error).lower() for sign in _LOST_PROCESS_MESSAGES)):
             raise
         raise UserError(
             f"another of the {world_size()} processes is gone, or does not answer; what it said before tells why, if "
@@ -304,20 +319,18 @@ def _mean(values: "torch.Tensor") -> "torch.Tensor":
     """In place."""
     import torch.distributed as dist
 
-    with telling_of_losses():
+    with detect_lost_process():
         dist.all_reduce(values)
     return values.div_(world_size())
 
 
 @contextmanager
-def by_itself(accelerator: Any, model: "torch.nn.Module") -> Iterator[None]:
-    """Within, a pass is this process's alone, its gradient and what TRL notes of it: the others have not as many."""
-    if world_size() == 1 and not uses_deepspeed():
+def no_reduction(accelerator: Any) -> Iterator[None]:
+    """Within, TRL's metrics are this process's own: processes do not have the same number of passes."""
+    if world_size() == 1:
         yield
         return
     alone: dict[str, Callable[..., Any]] = {"gather": _same, "gather_for_metrics": _same, "reduce": _same}
-    if uses_deepspeed():
-        alone["backward"] = lambda loss: _add_gradients(model, loss)
     vars(accelerator).update(alone)
     try:
         yield
@@ -328,33 +341,6 @@ def by_itself(accelerator: Any, model: "torch.nn.Module") -> Iterator[None]:
 
 def _same(value: T, *_: Any, **__: Any) -> T:
     return value
-
-
-def _add_gradients(model: "torch.nn.Module", loss: "torch.Tensor") -> None:
-    """`loss.backward()` that DeepSpeed's hooks do not notice."""
-    import torch
-
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
-        if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-
-
-def hand_over(accelerator: Any, model: "torch.nn.Module", loss: "torch.Tensor") -> None:
-    """Has DeepSpeed make its update by the gradients that are there; there is none by what is no number, or if the loss
-    is none: nobody could undo it.
-
-    It takes them from a backward pass and from nowhere else, so they are passed through one: that of a sum whose
-    gradients they are.
-    """
-    if not uses_deepspeed():
-        return
-    import torch
-
-    held = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
-    model.zero_grad(set_to_none=True)
-    if held and bool(loss.isfinite()) and all(bool(gradient.isfinite().all()) for _, gradient in held):
-        accelerator.backward(torch.stack([(parameter * gradient).sum() for parameter, gradient in held]).sum())
 
 
 def merged(parts: Sequence[tuple[dict[str, float], int]]) -> tuple[dict[str, float], int]:

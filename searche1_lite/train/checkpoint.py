@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from searche1_lite.config import Config, dump_config, load_config, what_counts
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.progress import say_on_stderr
-from searche1_lite.runtime.ranks import is_first
+from searche1_lite.runtime.ranks import is_first, on_first_process
 from searche1_lite.runtime.sealed_folder import (
     SEAL,
     DamagedError,
@@ -107,6 +107,11 @@ class RunFolder:
         Raises:
             UserError: also if another run has been begun there in the meantime.
         """
+        self._make()
+        return self
+
+    @on_first_process
+    def _make(self) -> None:
         try:
             path = self.path.absolute()
             made = [place for place in (path, *path.parents) if not place.exists()]
@@ -127,17 +132,19 @@ class RunFolder:
             raise UserError(
                 f"cannot write to the run's folder {self.path}: {error.strerror}; choose another --out"
             ) from error
-        return self
 
+    @on_first_process
     def log(self, record: dict[str, Any]) -> None:
         """Adds one line to `metrics.jsonl`."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    @on_first_process
     def metrics_size(self) -> int:
         """Bytes in `metrics.jsonl`; a checkpoint keeps it, for `rewind`."""
         return _size(self.path / "metrics.jsonl")
 
+    @on_first_process
     def rewind(self, size: int) -> None:
         """Cuts `metrics.jsonl` to `size` bytes: what it tells of later steps is about to be done again.
 
@@ -145,23 +152,28 @@ class RunFolder:
         """
         _rewind(self.path / "metrics.jsonl", size)
 
+    @on_first_process
     def trajectories_size(self, name: str) -> int:
         """Bytes in `trajectories/NAME.jsonl`."""
         return _size(self.path / "trajectories" / f"{name}.jsonl")
 
+    @on_first_process
     def rewind_trajectories(self, name: str, size: int) -> None:
         """The same of `trajectories/NAME.jsonl`."""
         _rewind(self.path / "trajectories" / f"{name}.jsonl", size)
 
+    @on_first_process
     def save_trajectories(self, name: str, records: list[dict[str, Any]]) -> None:
         """Writes `trajectories/NAME.jsonl`, over an earlier one."""
         write_atomically(self.path / "trajectories" / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
 
+    @on_first_process
     def add_trajectories(self, name: str, records: list[dict[str, Any]]) -> None:
         """Adds to `trajectories/NAME.jsonl`."""
         with (self.path / "trajectories" / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
+    @on_first_process
     def keep_answers(self, name: str, key: str, records: list[dict[str, Any]], seconds: float) -> None:
         """Writes `trajectories/NAME.jsonl`, to be found again under `key`, which tells what the answers depend on."""
         answers, note = self._answers(name)
@@ -174,6 +186,7 @@ class RunFolder:
             _copy(self.path / "trajectories" / f"{name}.jsonl", self._shared / f"{key}.jsonl")
             _copy(note, self._shared / f"{key}.key.json")
 
+    @on_first_process
     def kept_answers(self, name: str, key: str) -> tuple[list[dict[str, Any]], float] | None:
         """The answers kept under `key` and their seconds: this run's, else shared ones, which become its own."""
         answers, note = self._answers(name)
@@ -186,6 +199,7 @@ class RunFolder:
             found = _read_answers(answers, note, key)
         return found
 
+    @on_first_process
     def add_answers(self, name: str, key: str, records: list[dict[str, Any]], seconds: float) -> None:
         """Keeps the next part of what is to become `keep_answers`; `seconds` of all parts so far."""
         answers, note = self._part(name)
@@ -199,6 +213,7 @@ class RunFolder:
             os.fsync(file.fileno())
         write_atomically(note, json.dumps({"key": key, "seconds": seconds, **fingerprint(answers)}) + "\n")
 
+    @on_first_process
     def begun_answers(self, name: str, key: str) -> tuple[list[dict[str, Any]], float]:
         """The parts that are there under `key`, and their seconds."""
         return _read_answers(*self._part(name), key) or ([], 0.0)
@@ -251,9 +266,11 @@ class RunFolder:
                 sync(path)
             staging.rename(final)
 
+    @on_first_process
     def save_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.summary_path, json.dumps(summary, indent=2) + "\n")
 
+    @on_first_process
     def save_checkpoint(self, name: str, model: "PeftModel", state: dict[str, Any]) -> None:
         """The adapter as it stands after stage `name`, and where the run is: `stages`, and `unevaluated` if need be.
 
@@ -266,6 +283,7 @@ class RunFolder:
         _check_written(final)  # it is good: then others may go
         self.drop_within(name)
 
+    @on_first_process
     def save_within(self, name: str, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
         """What `write` puts into a folder, after `step` updates of stage `name`; the last few such are kept."""
         final = self.path / "checkpoints" / f"{name}.step-{step}"
@@ -275,6 +293,7 @@ class RunFolder:
         for path in earlier[: -(KEPT_WITHIN - 1)]:
             remove_sealed(path)
 
+    @on_first_process
     def drop_within(self, name: str) -> None:
         """Forgets how far stage `name` was."""
         for _, path in self._within(name):
@@ -286,6 +305,7 @@ class RunFolder:
         numbers = ((path.name.removeprefix(start), path) for path in (self.path / "checkpoints").glob("[!.]*"))
         return sorted((int(number), path) for number, path in numbers if number.isdecimal())
 
+    @on_first_process
     def update_checkpoint(self, name: str, state: dict[str, Any]) -> None:
         """Replaces the state of a stage's checkpoint; of the stages before, those not to be kept any more go."""
         update_sealed(self.path / "checkpoints" / name, state)
@@ -299,10 +319,12 @@ class RunFolder:
                 if stage["name"] not in kept and path.is_dir():
                     remove_sealed(path)
 
+    @on_first_process
     def is_whole(self, name: str) -> bool:
         """Is there a checkpoint of stage `name`, undamaged?"""
         return _state_or_none(self.path / "checkpoints" / name) is not None
 
+    @on_first_process
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
         """The whole checkpoint that is furthest in the run, and its state; None in a fresh folder.
 

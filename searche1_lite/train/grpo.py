@@ -28,14 +28,13 @@ from searche1_lite.policy.shrinking import Limit, in_smaller_passes
 from searche1_lite.rollout.reward import Reward, earned
 from searche1_lite.runtime.interrupt import Stop
 from searche1_lite.runtime.ranks import (
-    agreeing,
     average,
     average_gradients,
-    by_itself,
+    fail_together,
     from_first,
     gather,
-    hand_over,
     merged,
+    no_reduction,
     rank,
     world_size,
 )
@@ -113,11 +112,10 @@ class RolloutGRPOTrainer(ResumableTrainer, GRPOTrainer):
             self._guard.forget()
             return self._passes(policy, inputs, [trained[batch] for batch in micro_batches(sizes, budget)])
 
-        with agreeing(self._stop), by_itself(self.accelerator, policy):
+        with fail_together(self._stop), no_reduction(self.accelerator):
             total, sums, tokens = in_smaller_passes(self.passes, sizes, policy, passes, "a GRPO step")
         average_gradients(policy)
         total = average(total)
-        hand_over(self.accelerator, policy, total)
         sums, tokens = merged(gather([(sums, tokens)]))
         for name, value in sums.items():
             self._metrics["train"][name].append(value / max(1, tokens))
@@ -231,7 +229,7 @@ def train_grpo(
         asked = [questions[int(key)] for key in prompts[::size]]
         if len(prompts) % size or [key for key in prompts[::size] for _ in range(size)] != list(prompts):
             raise RuntimeError("TRL no longer passes each prompt group_size times in a row; pin trl<1.17")
-        with agreeing(training.stop):
+        with fail_together(training.stop):
             own = answer(asked, size, (config.seed, "grpo", index, trainer.state.global_step))
             rewards = [t.reward if reward is None else earned(reward, t) for t in own]
         trajectories = gather_trajectories(own)

@@ -31,12 +31,11 @@ from searche1_lite.policy.shrinking import Limit, in_smaller_passes
 from searche1_lite.rollout.protocol import Protocol
 from searche1_lite.runtime.interrupt import Stop
 from searche1_lite.runtime.ranks import (
-    agreeing,
     average,
     average_gradients,
-    by_itself,
+    fail_together,
     from_first,
-    hand_over,
+    no_reduction,
     world_size,
 )
 from searche1_lite.runtime.seeds import derive_seed
@@ -159,11 +158,10 @@ class OFSDTrainer(ResumableTrainer, DistillationTrainer):
         def passes(budget: int) -> torch.Tensor:
             return self._passes(policy, inputs, [trained[batch] for batch in micro_batches(sizes, budget)])
 
-        with agreeing(self._stop), by_itself(self.accelerator, policy):
+        with fail_together(self._stop), no_reduction(self.accelerator):
             total = in_smaller_passes(self.passes, sizes, policy, passes, "an OFSD step")
         average_gradients(policy)
         total = average(total)
-        hand_over(self.accelerator, policy, total)
         self._guard.see("loss", total)
         return total.nan_to_num(0.0, 0.0, 0.0)  # the Trainer's running mean would stay NaN
 

@@ -21,7 +21,14 @@ from searche1_lite.rollout.samples import is_due
 from searche1_lite.rollout.scheduler import Sampling
 from searche1_lite.runtime.interrupt import Interrupted
 from searche1_lite.runtime.progress import SILENT, Progress, say_on_stderr
-from searche1_lite.runtime.ranks import agreeing, check_alike, is_first, one_first, telling_of_losses, wait_for_all
+from searche1_lite.runtime.ranks import (
+    check_same,
+    detect_lost_process,
+    fail_together,
+    is_first,
+    local_main_first,
+    wait_for_all,
+)
 from searche1_lite.runtime.seeds import derive_seed
 from searche1_lite.search.base import Retriever
 from searche1_lite.train.checkpoint import RunFolder
@@ -29,7 +36,7 @@ from searche1_lite.train.diagnostics import compare_teacher, watch
 from searche1_lite.train.grpo import train_grpo
 from searche1_lite.train.ofsd import ofsd_steps, train_ofsd
 from searche1_lite.train.pairs import Pairs, select_pairs
-from searche1_lite.train.processes import join, shared_folder
+from searche1_lite.train.processes import join
 from searche1_lite.train.run import Rollouts, Run, StageResult
 from searche1_lite.train.schedule import Stage
 from searche1_lite.train.session import Session
@@ -114,7 +121,7 @@ def diagnose(run: Run, stage: Stage, rollouts: Rollouts, pairs: Pairs) -> dict[s
     """How far the teacher differs from the student before any update; measured only, nothing is trained by it."""
     session, began, seed_parts = run.session, time.monotonic(), (run.config.seed, "teacher", stage.round)
     privilege = compare_teacher(session, pairs.chosen, f"round{stage.round}: teacher", seed_parts)
-    with agreeing(session.stop):
+    with fail_together(session.stop):
         kl, token_records = watch(
             session.model, session.protocol, rollouts.trajectories, pairs.chosen, run.config, session.stop
         )
@@ -144,16 +151,16 @@ def run_training(
         UserError: for errors that the user can fix; everything done is kept.
     """
     try:
-        with telling_of_losses():
+        with detect_lost_process():
             join(config)
             check_trackers(config.logging)
             train_questions, test_questions = questions or load_run_questions(config)
-            with one_first():
+            with local_main_first():
                 session = Session(config, progress if is_first() else SILENT, retriever=retriever)
             tell_of_missing_bf16(session.model.device)
             session.protocol.check_prompts([*train_questions, *test_questions])
-            run = Run(session, train_questions, test_questions, shared_folder(folder), reward)
-            check_alike(run.inputs | {"retriever": session.retriever.name, "reward": reward_name(reward)})
+            run = Run(session, train_questions, test_questions, folder, reward)
+            check_same(run.inputs | {"retriever": session.retriever.name, "reward": reward_name(reward)})
             try_losses(session.model.device)  # fails now, not after an hour of rollouts
             run.folder.start()
             with session.stop.listening():

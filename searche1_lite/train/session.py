@@ -21,7 +21,7 @@ from searche1_lite.rollout.samples import sample_table
 from searche1_lite.rollout.scheduler import Agent, Hooks, Sampling, rollout
 from searche1_lite.runtime.interrupt import Stop
 from searche1_lite.runtime.progress import Progress, say_on_stderr
-from searche1_lite.runtime.ranks import agreeing, gather, share, world_size
+from searche1_lite.runtime.ranks import fail_together, gather, share, world_size
 from searche1_lite.search.base import Retriever
 from searche1_lite.search.catalog import open_retriever
 
@@ -96,7 +96,7 @@ class Session:
         """`rollout` with the questions split among the processes; each of them returns all the trajectories."""
         own = share(len(questions))
         own_prompts = None if prompts is None else prompts[own]
-        with agreeing(self.stop):
+        with fail_together(self.stop):
             played = self.rollout(questions[own], n, sampling, own_prompts, on_progress)
         trajectories = gather_trajectories(played)
         on_progress(len(trajectories) - len(played))

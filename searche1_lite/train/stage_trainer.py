@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from searche1_lite.config import Config
 from searche1_lite.policy.model import compute_dtype
 from searche1_lite.runtime.interrupt import Stop
-from searche1_lite.runtime.ranks import from_first, uses_deepspeed
+from searche1_lite.runtime.ranks import from_first
 from searche1_lite.train.tracking import Tracked, figures_of, reporting_arguments
 from searche1_lite.train.training_state import StageKeeper, saving_arguments
 
@@ -58,8 +58,7 @@ def trainer_arguments(model: PeftModel, training: StageTraining, seed: int, step
         "remove_unused_columns": False,
         "gradient_checkpointing": config.model.gradient_checkpointing,
         "use_cpu": model.device.type == "cpu",
-        # DeepSpeed would take it for an order to round the adapter; passes compute in bf16 by `compute_context` anyway.
-        "bf16": compute_dtype(model.device) == torch.bfloat16 and not uses_deepspeed(),
+        "bf16": compute_dtype(model.device) == torch.bfloat16,
         "dataloader_pin_memory": model.device.type != "cpu",
         "temperature": config.engine.temperature,
         "max_completion_length": config.protocol.max_completion_tokens,

@@ -29,7 +29,7 @@ from transformers import Trainer
 from searche1_lite.policy.adapter import load_adapter_weights, save_adapter
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.interrupt import Interrupted
-from searche1_lite.runtime.ranks import telling_of_losses, uses_deepspeed
+from searche1_lite.runtime.ranks import detect_lost_process
 from searche1_lite.train.checkpoint import RunFolder
 
 Resumed = tuple[Path, dict[str, Any]]
@@ -133,8 +133,8 @@ class StageKeeper:
 
     def save(self, trainer: Trainer) -> None:
         """Keeps what was noted last; between two steps neither weights nor optimizer change."""
-        if self._noted is None or uses_deepspeed():
-            return  # nothing was done beyond what is kept already; or the optimizer is in parts, one a process
+        if self._noted is None:
+            return  # nothing was done since the last save
         if trainer.state.global_step != self._noted["step"]:
             return  # another process was lost between an update and its note
         within, self._noted = self._noted, None
@@ -190,20 +190,15 @@ def train(trainer: ResumableTrainer, keeper: StageKeeper | None) -> None:
     """Trains from where the stage is. If it is stopped, or ends in what can be mended, the last whole step is kept."""
     trainer.keeper = keeper
     source = keeper.resumed_from if keeper is not None else None
-    if source is not None and uses_deepspeed():
-        raise UserError(f"DeepSpeed cannot go on within a stage, from {source.name}; go on without it")
     if source is not None:
         _check_readable(source)
     try:
-        with telling_of_losses():
+        with detect_lost_process():
             trainer.train(resume_from_checkpoint=None if source is None else str(source))
     except (Interrupted, UserError):
         if keeper is not None:
             keeper.save(trainer)
         raise
-    finally:
-        if uses_deepspeed():
-            trainer.accelerator.free_memory()  # its hooks would stay with the adapter, and notice the next stage's
 
 
 def _check_readable(folder: Path) -> None:
