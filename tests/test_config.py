@@ -205,8 +205,8 @@ def test_values_that_do_go_together_are_taken() -> None:
 @pytest.mark.parametrize(
     ("text", "place", "problem"),
     [
-        ("seed: 1\nseed: 2\n", ":2:", "'seed' stands twice"),
-        ("grpo:\n  steps: 1\n  clip: 0.1\n  steps: 2\n", ":4:", "'steps' stands twice"),
+        ("seed: 1\nseed: 2\n", ":2:", "duplicate key 'seed'"),
+        ("grpo:\n  steps: 1\n  clip: 0.1\n  steps: 2\n", ":4:", "duplicate key 'steps'"),
         ("seed: 1\nrounds: [1\n", ":3:", "not valid YAML"),
         ("seed: 1\n\tx: 1\n", ":2:", "not valid YAML"),
         ("? [a, b]\n: 3\n", ":1:", "not valid YAML"),

@@ -152,11 +152,11 @@ def test_offline_mode_takes_what_is_cached_and_names_what_is_not(hub: HubServer,
 def test_a_wrong_name_is_a_usage_error_that_says_which_part_is_wrong(hub: HubServer, tmp_path: Path) -> None:
     calls = {
         "the repository has no such file": file("nq/validation.jsonl"),
-        "the hub has no such repository, or it is private": file("nq/test.jsonl", repo="RUC-NLPIR/FlashRAG"),
-        "the hub has no such repository, or it is private; ": folder("*", repo="RUC-NLPIR/FlashRAG"),
+        "no such repository, or it is private": file("nq/test.jsonl", repo="RUC-NLPIR/FlashRAG"),
+        "no such repository, or it is private; ": folder("*", repo="RUC-NLPIR/FlashRAG"),
         "the repository has no such revision": file("nq/test.jsonl", revision="v9"),
         "the repository has no such revision;": folder("*", revision="v9"),
-        "that is not a repository's name": file("nq/test.jsonl", repo="FlashRAG data"),
+        "not a repository name": file("nq/test.jsonl", repo="FlashRAG data"),
         "it holds no *.parquet or *.csv": folder("*.parquet", "*.csv"),
     }
     results = client(hub.environment(tmp_path), FETCH, list(calls.values()))
@@ -243,7 +243,7 @@ def test_a_model_is_loaded_by_its_hub_name_and_each_failure_is_one_line(
     hub.add("models", "tiny/gated", models / "whole")
     hub.gated.add("models/tiny/gated")
     failures = {
-        "tiny/missing": (2, "cannot fetch the model 'tiny/missing': the hub has no such repository"),
+        "tiny/missing": (2, "cannot fetch the model 'tiny/missing': no such repository"),
         "tiny/gated": (1, "cannot fetch the model 'tiny/gated': it is gated"),
         "tiny/pickled": (1, "cannot load the model 'tiny/pickled': it has no model.safetensors; only safetensors"),
         "tiny/cut": (1, "cannot load the model 'tiny/cut': model.safetensors is damaged or cut off"),

@@ -1,4 +1,4 @@
-"""Progress at a terminal, on stderr."""
+"""Progress bars at a terminal, on stderr."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +14,9 @@ from searche1_lite.runtime.ranks import is_first
 
 
 class RichTasks:
-    """A `Progress` that draws bars with the time left, or writes a line for what is done where no one watches.
+    """A `Progress` that draws bars with the remaining time or, without a terminal, prints a line per finished task.
 
-    Silent when `quiet`, and in all but the first of several processes.
+    Silent if `quiet`, and in all but the first of several processes.
     """
 
     def __init__(self, quiet: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""How long work tells how far it is: the part of a run's progress that search needs, and a silent one."""
+"""Progress of long work, and one-line notices on stderr."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,18 +8,18 @@ from typing import Any, Protocol
 from searche1_lite.runtime.ranks import is_first
 
 _SHOWN_FROM = 8_000_000
-"""Bytes; less than this is done before a bar could be read."""
+"""Bytes; a smaller task gets no bar."""
 
 
 class Progress(Protocol):
-    """Where long work tells how far it is."""
+    """Receives the progress of long work."""
 
     def task(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """A part of the work with `total` units; the function it gives is told how many more are done."""
+        """A task of `total` units; call the returned function with the number of units just done."""
         ...
 
     def show(self, what: Any) -> None:
-        """Something to read while the work goes on: text, or a table of Rich's."""
+        """Shows text or a Rich table while the work continues."""
         ...
 
 
@@ -39,10 +39,10 @@ SILENT = SilentProgress()
 
 @contextmanager
 def megabytes(progress: Progress, name: str, size: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A task in megabytes; the function it gives is told bytes. Nothing is shown for what is small.
+    """A task in megabytes; the returned function takes bytes. Small tasks show nothing.
 
     Args:
-        size: bytes of the whole, `done` of which were done before.
+        size: total bytes, `done` of which are done already.
     """
     if size < _SHOWN_FROM:
         yield lambda count: None
@@ -62,6 +62,6 @@ def megabytes(progress: Progress, name: str, size: int, done: int = 0) -> Iterat
 
 
 def say_on_stderr(message: str, by_any: bool = False) -> None:
-    """Tells the user one line, apart from the results on stdout. Of several processes the first one speaks, or any."""
+    """Prints one line on stderr. Of several processes only the first prints, unless `by_any`."""
     if by_any or is_first():
         print(message, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What libraries would print of themselves. Light to import: they are loaded by the call."""
+"""Silences libraries. Light to import: the libraries are imported by the call."""
 
 import logging
 import os
@@ -8,9 +8,9 @@ from contextlib import redirect_stdout
 
 
 def quieten() -> None:
-    """Keeps libraries' progress bars and notices off the terminal; set SEARCHE1_LITE_DEBUG=1 to see them."""
+    """Hides libraries' progress bars and warnings, unless SEARCHE1_LITE_DEBUG is set."""
     if os.environ.get("WANDB_MODE") == "offline":
-        with redirect_stdout(sys.stderr):  # transformers prints a line about it as it is imported
+        with redirect_stdout(sys.stderr):  # transformers prints a line about it when imported
             import transformers.integrations.integration_utils  # noqa: F401
     if os.environ.get("SEARCHE1_LITE_DEBUG"):
         return
@@ -24,5 +24,5 @@ def quieten() -> None:
     if sys.stderr.isatty():
         from huggingface_hub.utils import enable_progress_bars
 
-        enable_progress_bars()  # transformers has turned off those of downloads too
+        enable_progress_bars()  # transformers disables those of downloads too
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

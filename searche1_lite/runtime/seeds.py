@@ -1,8 +1,8 @@
 """One seed derivation for the whole project.
 
-Every random choice is drawn from a seed derived from the run's seed and the names of what is being drawn, such as
-`derive_seed(run_seed, "rollout", round, step, question_id, sample)`. So a draw depends on what it is for, never on how
-many draws came before it or on its neighbours in a batch.
+Each random choice is drawn from a seed derived from the run's seed and the name of the choice, such as
+`derive_seed(run_seed, "rollout", round, step, question_id, sample)`. So a draw depends neither on the number of earlier
+draws nor on the rest of its batch.
 """
 
 import hashlib

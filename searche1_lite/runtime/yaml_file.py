@@ -1,4 +1,4 @@
-"""YAML as settings are written in it: read safely and within bounds, and written so that it reads back as the same."""
+"""YAML settings files: safe, bounded reading, and writing that reads back as the same values."""
 
 from collections.abc import Hashable
 from pathlib import Path
@@ -10,11 +10,12 @@ from searche1_lite.runtime.errors import UserError
 
 _MAX_YAML = 2**20
 """Bytes."""
-_MAX_DEPTH, _MAX_NODES = 50, 20_000
+_MAX_NODES = 20_000
+"""With aliases expanded: copies and messages expand them."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes the line breaks that only Unicode knows as escapes; left as they are, YAML would read them as blanks."""
+    """Escapes Unicode line breaks, which YAML would read back as blanks."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
         style = '"' if any(character in data for character in "\x85\u2028\u2029") else None
@@ -24,31 +25,13 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_str)
 
 
-def as_yaml(data: dict[str, Any]) -> str:
-    """Text that `parse_yaml` reads back as the same, in the order of the keys."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
 class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice, where YAML keeps the last one in silence, and a key that is not a plain word.
-
-    Also what is nested deep, or grows large where aliases are written out: copies and messages write them out.
-    """
-
-    _depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        self._depth += 1
-        if self._depth > _MAX_DEPTH:
-            raise yaml.composer.ComposerError(None, None, "nested too deeply", self.peek_event().start_mark)
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
+    """Refuses duplicate keys, keys that are not scalars, and documents that grow large through aliases."""
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
-        if node is not None and _written_out(node, {}) > _MAX_NODES:
-            raise yaml.composer.ComposerError(None, None, "its aliases stand for too much", node.start_mark)
+        if node is not None and _expanded_size(node, {}) > _MAX_NODES:
+            raise yaml.composer.ComposerError(None, None, "its aliases expand to too many values", node.start_mark)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -57,38 +40,45 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be one word", key.start_mark)
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
-    """How many nodes there are below one, each alias counted as what it stands for; infinity for an endless one."""
-    if id(node) not in known:
-        known[id(node)] = float("inf")  # for an alias of something that it is itself part of
+def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """The number of nodes, each alias counted as its target; infinity for a node that contains itself."""
+    if id(node) not in sizes:
+        sizes[id(node)] = float("inf")
         inner = [] if isinstance(node, yaml.ScalarNode) else node.value
         parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
-        known[id(node)] = 1 + sum(_written_out(part, known) for part in parts)
-    return known[id(node)]
+        sizes[id(node)] = 1 + sum(_expanded_size(part, sizes) for part in parts)
+    return sizes[id(node)]
+
+
+def as_yaml(data: dict[str, Any]) -> str:
+    """YAML text of `data`, in the order of its keys."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def parse_yaml(text: str) -> Any:
-    """A YAML document, read safely and within bounds.
+    """The value of a YAML document.
 
     Raises:
-        yaml.YAMLError: for whatever it cannot be read as.
+        yaml.YAMLError: for any text that cannot be read.
     """
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         # PyYAML converts a date such as 2001-99-99 or a tag such as `!!int x` without a check.
         raise yaml.YAMLError(f"a value cannot be converted: {str(error)[:80]}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of `key: value` lines, read safely; UserError where it is not one."""
+    """The mapping in a YAML file; empty for an empty file.
+
+    Raises:
+        UserError: if the file cannot be read or holds no mapping.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_YAML + 1)
@@ -101,9 +91,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}" if mark is not None else ""
         problem = str(getattr(error, "problem", None) or error).splitlines()[0]
-        raise UserError(f"{path}{place}: not valid YAML ({problem}); mend it") from error
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
+        raise UserError(f"{path}{place}: not valid YAML ({problem}); fix it") from error
+    if not isinstance(data, dict | None):
         raise UserError(f"{path} must hold `key: value` lines, not a {type(data).__name__}")
-    return data
+    return data or {}
