@@ -1,7 +1,7 @@
 """searche1-lite: a search agent that improves itself, on one consumer GPU.
 
 GRPO and offline self-distillation (OFSD) in turn update one LoRA adapter over a 4-bit base model; the search engine is
-BM25 through Pyserini. Importing this package is instant: nothing heavy is loaded until something is called.
+BM25 through Pyserini. Importing this package is instant: each name is imported when it is first used.
 
     import searche1_lite as s1
 
@@ -10,108 +10,70 @@ BM25 through Pyserini. Importing this package is instant: nothing heavy is loade
     asker = s1.open_asker(config, "runs/demo/checkpoints/round2.ofsd")
     print(asker.answer("What is the mayor of Port Mitu?").answer)
 
-Whatever the command line does is here: `train_policy` (train), `evaluate_policy` (eval), `open_asker` (ask),
-`run_sweep`, `serve_page` (ask --web), `build_index`, `serve_search`, `write_report`, `export_policy`, `examine`
-(doctor), `run_bench`, and `config_for_gpu` (without --preset). Mistakes that the caller can mend are `UserError`s.
+Each command has a function: `train_policy` (train), `evaluate_policy` (eval), `open_asker` (ask), `run_sweep`,
+`serve_page` (ask --web), `build_index`, `serve_search`, `write_report`, `export_policy`, `examine` (doctor),
+`run_bench`, and `config_for_gpu` (without --preset). Errors that the caller can fix are `UserError`s.
 """
 
+import ast
 import os
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Training is nobody else's business: TRL would tell the hub of every trainer that is made.
+# TRL would report every trainer to the hub.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from searche1_lite.bench import bench as run_bench
-    from searche1_lite.bench.doctor import examine
-    from searche1_lite.cli.api import (
-        config_for_gpu,
-        evaluate_policy,
-        open_asker,
-        run_sweep,
-        serve_page,
-        serve_search,
-        train_policy,
-    )
-    from searche1_lite.config import Config, load_config
-    from searche1_lite.data.trajectory import Passage, Question, Trajectory
-    from searche1_lite.report import write_report
-    from searche1_lite.rollout.reward import Reward, Written
-    from searche1_lite.runtime.errors import UserError
-    from searche1_lite.runtime.quiet import quieten
-    from searche1_lite.search.base import Retriever
-    from searche1_lite.search.index import build_index
-    from searche1_lite.serve.ask import Answer, Asker
-    from searche1_lite.serve.export import export_policy
+    from searche1_lite.bench import run_bench as run_bench
+    from searche1_lite.bench.doctor import examine as examine
+    from searche1_lite.cli.api import Interaction as Interaction
+    from searche1_lite.cli.api import config_for_gpu as config_for_gpu
+    from searche1_lite.cli.api import evaluate_policy as evaluate_policy
+    from searche1_lite.cli.api import open_asker as open_asker
+    from searche1_lite.cli.api import run_sweep as run_sweep
+    from searche1_lite.cli.api import serve_page as serve_page
+    from searche1_lite.cli.api import serve_search as serve_search
+    from searche1_lite.cli.api import train_policy as train_policy
+    from searche1_lite.config import Config as Config
+    from searche1_lite.config import load_config as load_config
+    from searche1_lite.data.trajectory import Passage as Passage
+    from searche1_lite.data.trajectory import Question as Question
+    from searche1_lite.data.trajectory import Trajectory as Trajectory
+    from searche1_lite.report import write_report as write_report
+    from searche1_lite.rollout.reward import Reward as Reward
+    from searche1_lite.rollout.reward import Written as Written
+    from searche1_lite.runtime.errors import UserError as UserError
+    from searche1_lite.runtime.quiet import quieten as quieten
+    from searche1_lite.search.base import Retriever as Retriever
+    from searche1_lite.search.index import build_index as build_index
+    from searche1_lite.serve.ask import Answer as Answer
+    from searche1_lite.serve.ask import Asker as Asker
+    from searche1_lite.serve.export import export_policy as export_policy
 
-__all__ = [
-    "Answer",
-    "Asker",
-    "Config",
-    "Passage",
-    "Question",
-    "Retriever",
-    "Reward",
-    "Trajectory",
-    "UserError",
-    "Written",
-    "build_index",
-    "config_for_gpu",
-    "evaluate_policy",
-    "examine",
-    "export_policy",
-    "load_config",
-    "open_asker",
-    "quieten",
-    "run_bench",
-    "run_sweep",
-    "serve_page",
-    "serve_search",
-    "train_policy",
-    "write_report",
-]
 
-_MODULES = {
-    "Answer": "serve.ask",
-    "Asker": "serve.ask",
-    "Config": "config",
-    "Passage": "data.trajectory",
-    "Question": "data.trajectory",
-    "Retriever": "search.base",
-    "Reward": "rollout.reward",
-    "Trajectory": "data.trajectory",
-    "UserError": "runtime.errors",
-    "Written": "rollout.reward",
-    "build_index": "search.index",
-    "config_for_gpu": "cli.api",
-    "evaluate_policy": "cli.api",
-    "examine": "bench.doctor",
-    "export_policy": "serve.export",
-    "load_config": "config",
-    "open_asker": "cli.api",
-    "quieten": "runtime.quiet",
-    "run_bench": "bench",
-    "run_sweep": "cli.api",
-    "serve_page": "cli.api",
-    "serve_search": "cli.api",
-    "train_policy": "cli.api",
-    "write_report": "report",
-}
-"""Where each name is. None may be a module's too: once that is imported, it would stand in the name's place."""
+def _public_names() -> dict[str, tuple[str, str]]:
+    """Each name that this file imports for type checkers, with its module and its name there."""
+    block = next(node for node in ast.parse(Path(__file__).read_bytes()).body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.asname or alias.name: (str(node.module), alias.name) for node in imports for alias in node.names}
+
+
+# No name may also be a module's, which would replace it once imported.
+_NAMES = _public_names()
+__all__ = list(_NAMES)
 
 
 def __getattr__(name: str) -> Any:
-    """A name of `__all__`, from its module, which is imported now (PEP 562)."""
-    if name not in _MODULES:
+    """Imports a public name when it is first used (PEP 562)."""
+    if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), "bench" if name == "run_bench" else name)
-    globals()[name] = value  # asked for once
+    module, original = _NAMES[name]
+    value = globals()[name] = getattr(import_module(module), original)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_NAMES})

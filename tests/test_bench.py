@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from transformers import Qwen2Config
 
-from searche1_lite.bench import bench
+from searche1_lite.bench import run_bench as bench
 from searche1_lite.bench.measure import (
     _dense_step,
     _grpo_step,

@@ -13,8 +13,8 @@ from rich.console import Console
 from transformers import LlamaConfig
 
 from examples.plot_bench import ratios, save_plot
-from searche1_lite.bench import bench
 from searche1_lite.bench import rollout as bench_rollout
+from searche1_lite.bench import run_bench as bench
 from searche1_lite.bench.baselines import ToolLoop, cut_turn, reprefill_rollouts, stop_ids
 from searche1_lite.bench.limits import Demand, demand, step_limit
 from searche1_lite.bench.rollout import (

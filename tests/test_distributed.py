@@ -238,7 +238,7 @@ def test_a_run_goes_on_after_one_process_was_killed_and_one_stopped_on_another_n
     with launched(path, "--resume") as launcher:
         told = signal_second(launcher, "round1: teacher (privileged)", signal.SIGTERM)
     assert launcher.returncode not in (0, None)
-    assert told.count("interrupted; what was done is kept") == 1 and "error:" not in told
+    assert told.count("interrupted; finished work is kept") == 1 and "error:" not in told
     assert not (path / "checkpoints" / "round1.ofsd").exists()
 
     config = load_config("demo", None, SETTINGS)

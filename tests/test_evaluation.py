@@ -195,7 +195,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(desk: Path) -> None:
 def test_a_signal_ends_it_with_one_line_that_says_how_to_go_on(desk: Path, name: str, code: int) -> None:
     stopped = command(*WORDS, "--out", f"stopped-{name}", cwd=desk, program=ENDED.format(signal=name))
     assert stopped.returncode == code and stopped.stdout == ""
-    assert stopped.stderr == "interrupted; what is answered is kept; go on with the same command and --resume\n"
+    assert stopped.stderr == "interrupted; answers are kept; continue with the same command and --resume\n"
     assert len(lines(desk / f"stopped-{name}" / "questions.jsonl")) == SETS["demo"]
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import searche1_lite
 from searche1_lite.bench import PARTS
-from searche1_lite.cli.arguments import offer_methods, offer_parts, offer_presets
+from searche1_lite.cli import arguments
 from searche1_lite.config import preset_names
 from searche1_lite.evaluate.baselines import Method
 
@@ -69,7 +69,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) 
     about = f"searche1_lite-{searche1_lite.__version__}.dist-info"
     facts = {f"{about}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")}
     assert files == shipped(ROOT / "searche1_lite") | facts
-    needed = {"py.typed", "presets/demo.yaml", "demo/policy/model.safetensors", "report/template.html", "web/page.html"}
+    needed = {
+        "py.typed",
+        "config/presets/demo.yaml",
+        "policy/demo/model.safetensors",
+        "report/template.html",
+        "serve/web/page.html",
+    }
     assert {f"searche1_lite/{name}" for name in needed} <= files
     assert {Path(name).suffix for name in files if name.startswith("searche1_lite/")} == {
         ".css", ".html", ".jinja", ".js", ".json", ".py", ".safetensors", ".typed", ".yaml",
@@ -139,6 +145,6 @@ def test_tab_offers_commands_presets_and_what_lies_there(tmp_path: Path) -> None
 
 
 def test_what_tab_offers_is_what_there_is() -> None:
-    assert offer_methods("") == list(get_args(Method))
-    assert offer_parts("") == list(PARTS)
-    assert offer_presets("") == preset_names()
+    assert get_args(get_args(arguments.Method)[0]) == get_args(Method)
+    assert arguments.offer_parts("") == list(PARTS)
+    assert arguments.offer_presets("") == preset_names()

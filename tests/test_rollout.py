@@ -429,7 +429,10 @@ class Hanging:
 
 settings = ["data.evaluation_limit=4"]
 try:
-    searche1_lite.evaluate_policy(searche1_lite.load_config("demo", None, settings), retriever=Hanging(), quiet=True)
+    quiet = searche1_lite.Interaction(quiet=True)
+    searche1_lite.evaluate_policy(
+        searche1_lite.load_config("demo", None, settings), retriever=Hanging(), interaction=quiet
+    )
 except KeyboardInterrupt as error:
     print(repr(error), flush=True)
     sys.exit(7)

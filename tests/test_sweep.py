@@ -223,7 +223,7 @@ def test_sigterm_ends_a_sweep_with_the_steps_done_kept_and_a_line_that_says_how_
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=120)
     assert process.returncode == 143
-    assert told.rstrip().endswith("interrupted; what was done is kept, go on with --resume --out out")
+    assert told.rstrip().endswith("interrupted; finished work is kept, continue with --resume --out out")
     assert list((run / "checkpoints").glob("round1.grpo.step-*")), "the steps of the stage are kept too"
     states = [row["runs"][0]["state"] for row in json.loads((tmp_path / "out" / "sweep.json").read_text())["variants"]]
     assert states == ["waiting", "waiting"]

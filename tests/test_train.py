@@ -166,7 +166,7 @@ def test_ctrl_c_and_sigterm_keep_the_steps_done_and_say_how_to_go_on(folder: Pat
         process.send_signal(signum)
         _, told = process.communicate(timeout=60)
         assert process.returncode == 128 + signum
-        assert told.rstrip().endswith("interrupted; what was done is kept, go on with --resume --out stopped")
+        assert told.rstrip().endswith("interrupted; finished work is kept, continue with --resume --out stopped")
         assert "Traceback" not in told
         done = steps_told(run)
     resumed = command(*words, cwd=folder)

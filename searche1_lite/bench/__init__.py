@@ -16,7 +16,7 @@ from searche1_lite.runtime.errors import UserError
 PARTS = ("memory", "rollout", "search", "round")
 
 
-def bench(
+def run_bench(
     config: Config | None = None,
     cap_gb: float | None = None,
     on_part: Callable[[str], None] = lambda name: None,

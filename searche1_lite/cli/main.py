@@ -13,10 +13,13 @@ import typer
 
 import searche1_lite
 from searche1_lite.cli import arguments as args
-from searche1_lite.runtime.errors import UserError, explain
+from searche1_lite.runtime.errors import UserError, explain, first_line
+from searche1_lite.runtime.gpu import set_cuda_defaults
+from searche1_lite.runtime.progress import say_on_stderr as _say
 from searche1_lite.runtime.quiet import quieten
 
 if TYPE_CHECKING:
+    from searche1_lite.cli.api import Interaction
     from searche1_lite.config import Config
 
 app = typer.Typer(
@@ -27,8 +30,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"searche1-lite {searche1_lite.__version__}")
         raise typer.Exit
 
@@ -48,7 +51,7 @@ def train(
     preset: args.PresetOrGpu = None,
     config: args.ConfigFile = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/PRESET.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in --out.")] = False,
+    resume: args.Resume = False,
     yes: args.Yes = False,
 ) -> None:
     """Train: rounds of GRPO and OFSD."""
@@ -58,19 +61,17 @@ def train(
     folder = out or Path("runs") / (preset or (config.stem.strip(".") if config else "") or "default")
     from searche1_lite.cli import api
     from searche1_lite.runtime.interrupt import Interrupted
-
-    try:
-        summary = api.train_policy(settings, folder, resume=resume, quiet=True, **_terminal(yes))
-    except KeyboardInterrupt as error:
-        if (folder / "config.yaml").is_file():
-            # Only an `Interrupted` had the time to keep the steps of the stage too.
-            kept = "what was done is kept" if isinstance(error, Interrupted) else "what was kept last is there"
-            _say(f"interrupted; {kept}, go on with --resume --out {folder}")
-        else:
-            _say("interrupted before the first stage; the same command begins again")
-        raise typer.Exit(getattr(error, "exit_code", 130)) from None
     from searche1_lite.runtime.ranks import is_first, leave
 
+    def kept(error: BaseException) -> str:
+        if not (folder / "config.yaml").is_file():
+            return "before the first stage; start again with the same command"
+        # Only an `Interrupted` leaves time to save the steps of the stage.
+        work = "finished work" if isinstance(error, Interrupted) else "the last save"
+        return f"{work} is kept, continue with --resume --out {folder}"
+
+    with _interruptible(kept):
+        summary = api.train_policy(settings, folder, resume=resume, interaction=_terminal(yes))
     leave()
     if not is_first():
         return
@@ -100,21 +101,23 @@ def eval_command(
         ),
     ] = None,
     method: args.Method = "agent",
-    out: Annotated[Path | None, typer.Option(help="Keep answers and figures in this folder.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the evaluation that is in --out.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Keep answers and metrics in this folder.")] = None,
+    resume: args.Resume = False,
     as_json: args.AsJson = False,
     yes: args.Yes = False,
 ) -> None:
     """Evaluate an adapter, greedily."""
     if resume and not out:
-        raise UserError("--resume goes on with what is in a folder; name it with --out")
+        raise UserError("--resume continues what is in a folder; name it with --out")
     settings, _ = _settings(preset, config, overrides)
     from searche1_lite.cli import api
 
-    kept = "what is answered is kept; go on with the same command and --resume"
-    with _interruptible(kept if out else "nothing is kept without --out DIR"):
-        asked: dict[str, Any] = {"data": data, "limit": limit, "method": method, "out": out, "resume": resume}
-        result = api.evaluate_policy(settings, adapter=adapter, **asked, quiet=True, **_terminal(yes))
+    kept = "answers are kept; continue with the same command and --resume" if out else "nothing is kept without --out"
+    with _interruptible(lambda error: kept):
+        result = api.evaluate_policy(
+            settings, adapter=adapter, data=data, limit=limit, method=method, out=out, resume=resume,
+            interaction=_terminal(yes),
+        )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(result))
     else:
@@ -128,7 +131,7 @@ def ask(
     question: Annotated[
         str | None,
         typer.Argument(
-            help="What to answer. Without it: a session at a terminal, or a pipe's questions, one a line, answered as "
+            help="The question. Without it: a session at a terminal, or questions from a pipe, one a line, answered as "
             "JSON lines."
         ),
     ] = None,
@@ -138,10 +141,12 @@ def ask(
     adapter: args.Adapter = None,
     compare: Annotated[bool, typer.Option("--compare", help="The base's answer beside the adapter's.")] = False,
     show_trace: Annotated[
-        bool, typer.Option("--show-trace", help="On stderr, all that is written and found, as it comes.")
+        bool, typer.Option("--show-trace", help="On stderr, everything written and found, as it comes.")
     ] = False,
     as_json: args.AsJson = False,
-    web: args.Web = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="A page in the browser, with all of a session's functions.", **args.SERVER)
+    ] = False,
     host: args.Host = "127.0.0.1",
     port: args.Port = 8642,
     token: args.Token = None,
@@ -157,6 +162,7 @@ def ask(
     from searche1_lite.rollout.protocol import check_question
     from searche1_lite.train.checkpoint import check_adapter_folder
 
+    session = question is None and sys.stdin.isatty()
     if question is not None:
         question = check_question(question, settings.protocol)
     elif show_trace:
@@ -164,19 +170,18 @@ def ask(
     if adapter:
         check_adapter_folder(adapter)
     elif compare:
-        raise UserError("--compare holds an adapter beside the base; name one with --adapter")
+        raise UserError("--compare shows an adapter beside the base; name one with --adapter")
     if web:
         if question is not None or compare or show_trace or as_json:
-            raise UserError("--web takes its questions on the page, and --compare is there; leave the rest out")
+            raise UserError("--web takes its questions on the page, which also compares; leave the other options out")
         with _interruptible():
-            api.serve_page(settings, adapter, host=host, port=port, token=token, quiet=True, **_terminal(yes))
+            api.serve_page(settings, adapter, host=host, port=port, token=token, interaction=_terminal(yes))
         return
-    session = question is None and sys.stdin.isatty()
     if session and (as_json or compare or not sys.stdout.isatty()):
         raise UserError("a session is for a terminal and takes neither --json nor --compare; give a question or a pipe")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what its encoding lacks is no reason to fail
+            stream.reconfigure(errors="replace")  # a character that the encoding lacks must not end the command
     lines = None
     if question is None and not session:
         from searche1_lite.cli.pipe import QuestionLines
@@ -187,13 +192,11 @@ def ask(
     with _interruptible():
         if lines is not None and not lines.wait():
             raise UserError("there is no question: neither as an argument nor on stdin; give one, or one a line")
-        asker = api.open_asker(settings, adapter, quiet=True, **_terminal(yes))
-        if session:
-            from searche1_lite.cli.chat import Chat, open_history
-            from searche1_lite.search.index import cache_folder
-            from searche1_lite.serve.answer_view import plain_console
+        asker = api.open_asker(settings, adapter, interaction=_terminal(yes))
+        if question is not None:
+            from searche1_lite.serve.answer_view import show_one
 
-            Chat(asker, plain_console(), open_history(cache_folder() / "ask_history")).run()
+            answered = show_one(asker, question, compare, show_trace, as_json)
         elif lines is not None:
             from searche1_lite.cli.pipe import answer_lines
 
@@ -201,9 +204,11 @@ def ask(
                 print(json.dumps(answer.to_dict()), flush=True)
                 answered = answered and answer.answered
         else:
-            from searche1_lite.serve.answer_view import show_one
+            from searche1_lite.cli.chat import Chat, open_history
+            from searche1_lite.search.index import cache_folder
+            from searche1_lite.serve.answer_view import plain_console
 
-            answered = show_one(asker, question or "", compare, show_trace, as_json)
+            Chat(asker, plain_console(), open_history(cache_folder() / "ask_history")).run()
     raise typer.Exit(0 if answered else 3)
 
 
@@ -215,15 +220,15 @@ def index(
             help="JSONL (.gz too) with `id` and `contents`, whose first line is the title; or a folder of .txt and .md."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Where the index goes; must not exist.")],
+    out: Annotated[Path, typer.Option(help="The index's folder; must not exist.")],
     threads: Annotated[int, typer.Option(min=1, help="Threads that index.")] = 2,
-    words: Annotated[int, typer.Option(min=1, help="About how many words a passage of a text file has.")] = 100,
+    words: Annotated[int, typer.Option(min=1, help="Approximate words per passage of a text file.")] = 100,
 ) -> None:
     """Build a BM25 index of your own corpus."""
     from searche1_lite.runtime.console import RichTasks
     from searche1_lite.search.index import build_index
 
-    with _interruptible("what is indexed is kept, the same command goes on from there"):
+    with _interruptible(lambda error: "indexed passages are kept, continue with the same command"):
         passages = build_index(corpus, out, threads, words=words, progress=RichTasks(), say=_say)
     _say(f"indexed {passages:,} passage{'' if passages == 1 else 's'}")
     typer.echo(str(out))
@@ -242,9 +247,7 @@ def serve_search_command(
     workers: Annotated[
         int,
         typer.Option(
-            min=1,
-            max=64,
-            help="Processes over the same index, each with a Java of its own and one thread that searches.",
+            min=1, max=64, help="Processes over the same index, each with its own Java and one search thread."
         ),
     ] = 1,
     token: args.Token = None,
@@ -257,7 +260,7 @@ def serve_search_command(
     given = {"search.index": index} if index else {}
     settings = load_config(preset, config, overrides or [], before=given)
     with _interruptible():
-        api.serve_search(settings, host=host, port=port, workers=workers, token=token, **_terminal(yes))
+        api.serve_search(settings, host=host, port=port, workers=workers, token=token, interaction=_terminal(yes))
 
 
 @app.command(epilog="Example: searche1-lite doctor --gpu-gb 12")
@@ -267,18 +270,17 @@ def doctor(
     config: args.ConfigFile = None,
     gpu_gb: Annotated[
         float | None,
-        typer.Option(min=1, help="Plan for a card of this size, in GiB, with bf16, not the one here."),
+        typer.Option(min=1, help="Plan for a card of this size, in GiB, with bf16, instead of the one here."),
     ] = None,
     as_json: args.AsJson = False,
 ) -> None:
-    """What this machine has, and whether a configuration fits it."""
+    """Check this machine, and whether a configuration fits it."""
     settings, _ = _settings(preset, config, overrides, gpu_gib=gpu_gb, smallest=True)
     quieten()
     from searche1_lite.bench.doctor import examine
-
-    found = examine(settings, gpu_gb)
     from searche1_lite.cli.tables import doctor_tables
 
+    found = examine(settings, gpu_gb)
     _show(found, as_json, doctor_tables)
     raise typer.Exit(0 if found["ok"] else 1)
 
@@ -288,16 +290,16 @@ def config_command(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            help="A section or setting to tell of, such as grpo or grpo.steps; none: all. And values over those of the "
+            help="A section or setting to show, such as grpo or grpo.steps; none: all. And values over those of the "
             "preset and the file, such as grpo.steps=20.",
             metavar="[SECTION] [KEY=VALUE]",
         ),
     ] = None,
     preset: args.Preset = None,
     config: args.ConfigFile = None,
-    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print YAML that --config reads, not tables.")] = False,
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print YAML that --config reads, instead of tables.")] = False,
 ) -> None:
-    """Every setting: its value, what it may be, and what it means.
+    """Every setting: its value, its type or choices, and its meaning.
 
     Without --preset and --config, the defaults.
     """
@@ -322,22 +324,20 @@ def bench(
     cap_gb: Annotated[
         float | None, typer.Option(min=1, help="On a GPU, the most memory to allocate, in 10^9 bytes.")
     ] = None,
-    part: args.Part = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A minute or two, for rougher figures.")] = False,
+    part: args.Parts = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute or two, for less precise results.")] = False,
     as_json: args.AsJson = False,
 ) -> None:
     """Measure this machine beside baselines, or a preset's peak memory."""
-    from searche1_lite.bench import bench as run_bench
-    from searche1_lite.bench import check_parts
+    from searche1_lite.bench import check_parts, run_bench
     from searche1_lite.config import load_config
 
     check_parts(part or ())
     settings = load_config(preset, config, overrides or []) if preset or config or overrides else None
     quieten()
-    found = run_bench(settings, cap_gb, on_part=_say, parts=part or (), quick=quick)
     from searche1_lite.cli.tables import bench_tables
 
-    _show(found, as_json, bench_tables)
+    _show(run_bench(settings, cap_gb, on_part=_say, parts=part or (), quick=quick), as_json, bench_tables)
 
 
 @app.command(epilog="Example: searche1-lite sweep examples/settle-it.yaml --out runs/settle-it")
@@ -345,9 +345,9 @@ def sweep(
     file: args.SweepFile,
     overrides: args.Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The sweep's folder. Default: runs/NAME-OF-FILE.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Such as 1,2,3, in the place of the file's.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as 1,2,3, instead of the file's.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep that is in --out.")] = False,
+    resume: args.Resume = False,
     as_json: args.AsJson = False,
     yes: args.Yes = False,
 ) -> None:
@@ -357,9 +357,9 @@ def sweep(
 
     given = parse_seeds(seeds) if seeds is not None else []
     folder = out or Path("runs") / sweep_name(file)
-    with _interruptible(f"what was done is kept, go on with --resume --out {folder}"):
+    with _interruptible(lambda error: f"finished work is kept, continue with --resume --out {folder}"):
         result = api.run_sweep(
-            file, folder, overrides=overrides or [], seeds=given, jobs=jobs, resume=resume, quiet=True, **_terminal(yes)
+            file, folder, overrides=overrides or [], seeds=given, jobs=jobs, resume=resume, interaction=_terminal(yes)
         )
     from searche1_lite.cli.tables import sweep_table
 
@@ -376,7 +376,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The HTML file. Default: DIR/report.html.")] = None,
     runs: Annotated[bool, typer.Option("--runs", help="For a sweep, write the reports of its runs too.")] = False,
 ) -> None:
-    """Write the HTML report of a run or a sweep, also while it goes on."""
+    """Write the HTML report of a run or a sweep, finished or not."""
     from searche1_lite.report import write_report
 
     typer.echo(str(write_report(folder, out, runs)))
@@ -385,14 +385,14 @@ def report(
 @app.command(epilog="Example: searche1-lite export runs/demo --to my-agent --merge")
 def export(
     folder: Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo, or an adapter's.", metavar="DIR")],
-    to: Annotated[Path, typer.Option(help="Where it goes; must be empty or not there.")],
+    to: Annotated[Path, typer.Option(help="The folder to write; must be empty or not exist.")],
     stage: args.Stage = None,
     merge: Annotated[bool, typer.Option("--merge", help="One bf16 model, instead of an adapter.")] = False,
     push: Annotated[str | None, typer.Option(help="Also upload it to the hub, as owner/name.", metavar="REPO")] = None,
     public: Annotated[bool, typer.Option("--public", help="With --push: a new repository is not private.")] = False,
     as_json: args.AsJson = False,
 ) -> None:
-    """Export what was trained, for other programs."""
+    """Export a trained adapter or model for other programs."""
     from searche1_lite.serve.export import export_policy
 
     result = export_policy(folder, to, stage=stage, merge=merge, push=push, public=public, quiet=True, say=_say)
@@ -412,45 +412,41 @@ def _settings(
     return config_for_gpu(overrides or [], say=_say, **gpu)
 
 
-def _terminal(yes: bool) -> dict[str, Any]:
-    """How whoever sits there is told of the work, and asked before large downloads."""
+def _terminal(yes: bool) -> "Interaction":
+    """Reports and questions on stderr."""
+    from searche1_lite.cli.api import Interaction
     from searche1_lite.runtime.console import RichTasks
 
-    return {"yes": _confirmation(yes), "progress": RichTasks(), "say": _say}
+    return Interaction(yes=lambda what: yes or _confirm(what), quiet=True, progress=RichTasks(), say=_say)
 
 
-def _confirmation(yes: bool) -> Callable[[str], bool]:
-    """What asks before a large download, on stderr; with `yes` it agrees unasked.
+def _confirm(what: str) -> bool:
+    """Asks before a large download.
 
-    The function it gives raises UserError where nobody can be asked, because stdin or stderr is no terminal.
+    Raises:
+        UserError: if stdin or stderr is not a terminal.
     """
-
-    def confirm(what: str) -> bool:
-        if yes:
-            return True
-        if not (sys.stdin.isatty() and sys.stderr.isatty()):
-            raise UserError(f"{what}; add --yes to agree", exit_code=1)
-        print(f"{what}. Go on? [y/N] ", end="", file=sys.stderr, flush=True)
-        return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-    return confirm
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UserError(f"{what}; add --yes to agree", exit_code=1)
+    print(f"{what}. Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 @contextmanager
-def _interruptible(kept: str = "") -> Iterator[None]:
-    """Within, Ctrl-C ends the command with a line that says what is kept."""
+def _interruptible(kept: Callable[[BaseException], str] | None = None) -> Iterator[None]:
+    """Within, Ctrl-C ends the command with a line; `kept` gives what it says of the work so far."""
     try:
         yield
     except KeyboardInterrupt as error:
-        _say(f"interrupted; {kept}" if kept else "interrupted")
+        _say(f"interrupted; {kept(error)}" if kept else "interrupted")
         raise typer.Exit(getattr(error, "exit_code", 130)) from None
-    except BrokenPipeError:  # whoever read the answers has had enough
+    except BrokenPipeError:  # the reader of stdout is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
 
 
 def _show(found: dict[str, Any], as_json: bool, tables: Callable[[dict[str, Any]], Any]) -> None:
-    """On stdout: one JSON object, or the table, or list of tables and lines, that `tables` makes of it."""
+    """Prints one JSON object, or what `tables` makes of it, on stdout."""
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -461,15 +457,8 @@ def _show(found: dict[str, Any], as_json: bool, tables: Callable[[dict[str, Any]
         Console().print(part)
 
 
-def _say(line: str) -> None:
-    from searche1_lite.runtime.ranks import is_first
-
-    if is_first():  # of several processes
-        typer.echo(line, err=True)
-
-
 def _write_report(folder: Path) -> None:
-    """At the end of a run or a sweep, which is complete whether its report can be written or not."""
+    """Writes the report of a finished run or sweep, which stays complete if that fails."""
     from searche1_lite.report import write_report
 
     try:
@@ -477,19 +466,13 @@ def _write_report(folder: Path) -> None:
     except Exception as error:
         if os.environ.get("SEARCHE1_LITE_DEBUG"):
             raise
-        reason = " ".join(str(error).split())
-        _say(f"the report could not be written ({type(error).__name__}: {reason}); all else is; see `report {folder}`")
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        _say(f"the report could not be written ({reason}); all other files are; try `report {folder}`")
 
 
 def main() -> None:
-    """The console script: one line for what the user can mend, a traceback only with SEARCHE1_LITE_DEBUG=1."""
-    if "LOCAL_RANK" not in os.environ:
-        # With several cards in sight TRL would spread batches over them; a run is for one, and this says which.
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    if sys.platform == "linux":
-        # Steps, and the buckets of the KV cache, differ in size; without this, the memory that one leaves behind is in
-        # pieces too small for the next.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    """The console script: one line for an error that the user can fix; SEARCHE1_LITE_DEBUG=1 shows the traceback."""
+    set_cuda_defaults()
     try:
         app()
     except Exception as error:
@@ -497,12 +480,10 @@ def main() -> None:
         if found is None or os.environ.get("SEARCHE1_LITE_DEBUG"):
             raise
         message, exit_code = found
-        if isinstance(error, UserError) and error.reported_elsewhere:
-            from searche1_lite.runtime.ranks import let_the_reporter_exit_first
+        from searche1_lite.runtime.ranks import let_the_reporter_exit_first, place
 
+        if isinstance(error, UserError) and error.reported_elsewhere:
             let_the_reporter_exit_first()
         else:
-            from searche1_lite.runtime.ranks import place
-
             print(f"error: {place()}{' '.join(message.split())}", file=sys.stderr)
         sys.exit(exit_code)

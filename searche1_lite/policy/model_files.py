@@ -17,6 +17,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from searche1_lite.policy.adapter_folder import no_adapter
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.jsonl import read_json
 
@@ -108,15 +109,6 @@ def check_weights(model: torch.nn.Module, name: str) -> None:
         for value in values:
             if value is not None and value.is_floating_point() and not torch.isfinite(value).all():
                 raise unfit(key, "holds NaN or infinity")
-
-
-def no_adapter(folder: Path) -> UserError:
-    """What to say of a folder without an adapter: the adapters in it, if it is a run's."""
-    if not folder.is_dir():
-        return UserError(f"{folder} holds no adapter: there is no such folder; give one written by `train`")
-    if stages := sorted(file.parent.name for file in folder.glob("checkpoints/[!.]*/adapter_config.json")):
-        return UserError(f"{folder} holds no adapter, but a run; add /checkpoints/ and one of {', '.join(stages)}")
-    return UserError(f"{folder} holds no adapter (no adapter_config.json); give a folder written by `train`")
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:

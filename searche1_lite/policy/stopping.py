@@ -4,9 +4,8 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +24,8 @@ class TagAutomaton:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", size: int) -> None:
+        import numpy as np  # the command line checks prompts without it
+
         prefixes = sorted({tag[:length] for tag in STOP_TAGS for length in range(len(tag))}, key=len)
         numbers = {prefix: number for number, prefix in enumerate(prefixes)}
         self.done = len(prefixes)
@@ -39,7 +40,7 @@ class TagAutomaton:
                 end = _advance(prefix, text)
                 self.table[number, token] = self.done if end is None else numbers[end]
 
-    def advance(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    def advance(self, states: "np.ndarray", tokens: "np.ndarray") -> "np.ndarray":
         """(B,) the states after these tokens, from states that are not `done`."""
         return self.table[states, tokens]
 

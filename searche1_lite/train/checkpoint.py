@@ -364,7 +364,7 @@ class RunFolder:
 def check_adapter_folder(folder: Path) -> None:
     """Refuses a folder without an adapter, or a damaged checkpoint, before the model is loaded for it."""
     if not (folder / "adapter_config.json").is_file():
-        from searche1_lite.policy.model_files import no_adapter
+        from searche1_lite.policy.adapter_folder import no_adapter
 
         raise no_adapter(folder)
     if (folder / SEAL).is_file():

@@ -25,7 +25,7 @@ from test_resume import results
 
 from searche1_lite.cli import main as cli
 
-GOES_ON = "interrupted; what was done is kept, go on with --resume"
+GOES_ON = "interrupted; finished work is kept, continue with --resume"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
