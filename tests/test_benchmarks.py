@@ -12,8 +12,8 @@ import pytest
 from pyarrow import parquet
 
 from searche1_lite.config import Config, DataConfig, GRPOStageConfig
+from searche1_lite.data.question_files import PUBLIC_SETS
 from searche1_lite.data.questions import (
-    PUBLIC_SETS,
     SEVEN_SETS,
     check_disjoint,
     load_questions,
@@ -436,7 +436,7 @@ def test_a_public_sets_questions_without_an_answer_are_left_out_and_counted(
     notices: list[str] = []
     questions = load_questions("nq", "test", notice=notices.append)
     assert [(question.id, question.golden_answers) for question in questions] == [("b", ["Ada"]), ("b#2", ["Ada"])]
-    assert notices == ["3 of 5 questions of nq:test have no usable answer; they are left out"]
+    assert notices == ["3 of 5 questions of nq:test have no usable answer; left out"]
 
 
 def test_a_public_file_that_cannot_be_used_is_named(shelf_of_sets: Callable[..., Path]) -> None:
@@ -450,7 +450,7 @@ def test_a_public_file_that_cannot_be_used_is_named(shelf_of_sets: Callable[...,
         UserError, match="^test.parquet of PeterJinGo/nq_hotpotqa_train is damaged or cut off"
     ) as caught:
         load_questions("search-r1", "test")
-    assert caught.value.exit_code == 1 and f"delete {path.resolve()} and it is fetched again" in str(caught.value)
+    assert caught.value.exit_code == 1 and f"delete {path.resolve()} and it is downloaded again" in str(caught.value)
 
 
 def spoil_columns(path: Path, *names: str) -> None:

@@ -15,7 +15,8 @@ import yaml
 from hub_server import HubServer
 
 from searche1_lite.config import Config, load_config
-from searche1_lite.data.questions import PUBLIC_SETS, SEVEN_SETS, load_questions, order_by_data_set
+from searche1_lite.data.question_files import PUBLIC_SETS
+from searche1_lite.data.questions import SEVEN_SETS, load_questions, order_by_data_set
 from searche1_lite.data.trajectory import Question, Trajectory
 from searche1_lite.evaluate.evaluation import BATCHES_AT_ONCE, run_evaluation
 from searche1_lite.evaluate.evaluation_folder import EvaluationFolder, describe

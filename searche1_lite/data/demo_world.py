@@ -9,7 +9,7 @@ searching.
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -117,12 +117,11 @@ class World:
 
     def passages(self) -> list[dict[str, str]]:
         """The corpus in the wiki-18 form: `id` and `contents`, the first line the title."""
-        texts = [
-            f"{entity.name}\n{entity.passage(relation)}"
-            for entity in self.entities.values()
-            for relation in entity.facts
+        facts = ((entity, relation) for entity in self.entities.values() for relation in entity.facts)
+        return [
+            {"id": str(index), "contents": f"{entity.name}\n{entity.passage(relation)}"}
+            for index, (entity, relation) in enumerate(facts)
         ]
-        return [{"id": str(index), "contents": contents} for index, contents in enumerate(texts)]
 
     def chain(self, start: str, relations: tuple[str, ...]) -> Chain:
         names = [start]
@@ -179,32 +178,26 @@ class World:
 
 
 @cache
-def _demo_world() -> World:
-    return World(DEMO_WORLD_SEED)
-
-
-@cache
 def _demo_questions() -> dict[str, list[Question]]:
-    return _demo_world().questions()
+    return World(DEMO_WORLD_SEED).questions()
 
 
 def load_demo_questions(split: str) -> list[Question]:
-    """The demo's questions of one split.
+    """The demo's questions of one split, which the caller may change.
 
     Args:
         split: `train` (2,400), `dev` (200, for tuning) or `test` (500, for evaluation only).
     """
-    return list(_demo_questions()[split])
+    return [replace(question, metadata=dict(question.metadata)) for question in _demo_questions()[split]]
 
 
 def write_demo_corpus(path: Path) -> None:
-    """Writes the demo's wiki as JSONL (`id`, `contents`), one passage a line; complete for any reader."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    write_corpus(_demo_world(), staging)
-    staging.replace(path)
+    """Writes the demo's wiki, see `write_corpus`."""
+    write_corpus(World(DEMO_WORLD_SEED), path)
 
 
 def write_corpus(world: World, path: Path) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for passage in world.passages():
-            file.write(json.dumps(passage) + "\n")
+    """Writes a wiki as JSONL (`id`, `contents`), one passage a line; `path` never holds a part of it."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    staging.write_text("".join(f"{json.dumps(passage)}\n" for passage in world.passages()), encoding="utf-8")
+    staging.replace(path)
