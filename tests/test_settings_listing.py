@@ -52,7 +52,7 @@ def test_the_command_tells_value_default_and_choices() -> None:
     (steps,) = [line for line in told.splitlines() if "grpo.steps " in line]
     assert " 21 " in steps and "whole number, at least 0; default: 100" in steps
     assert (
-        run("--yaml", "seed") == "# Every random number of a run follows from it. [whole number, at least 0]\nseed: 0\n"
+        run("--yaml", "seed") == "# Seed of all random numbers of a run. [whole number, at least 0]\nseed: 0\n"
     )
 
 

@@ -1,7 +1,4 @@
-"""All settings told: value, default, what may be given, and what it means.
-
-Nothing of it is written down here: values are those of a `Config`, the rest stands in `settings.py`.
-"""
+"""Lists all settings with value, default, type and meaning; the texts are the docstrings of `settings.py`."""
 
 import difflib
 import textwrap
@@ -25,16 +22,16 @@ class Setting:
     value: Any
     default: Any
     kind: str
-    """What may be given, in words."""
+    """The type, choices or range, in words."""
     meaning: str
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Settings that belong together."""
+    """One dataclass of settings."""
 
     name: str
-    """As their keys begin; "" for those of no section."""
+    """The prefix of its keys; "" for the top level."""
     meaning: str
     settings: list[Setting]
 
@@ -46,7 +43,7 @@ def list_settings(config: Config, wanted: Sequence[str] = ()) -> list[Section]:
         wanted: sections, such as `grpo`, or settings, such as `grpo.steps`; none: everything.
 
     Raises:
-        UserError: for one that there is not; names those there are.
+        UserError: for an unknown name; suggests known ones.
     """
     _check_wanted(wanted)
     kinds = {item.name: item.type for item in fields(Config)}
@@ -56,18 +53,18 @@ def list_settings(config: Config, wanted: Sequence[str] = ()) -> list[Section]:
     for part, holder in parts.items():
         schema = TypeAdapter(holder).json_schema()
         settings = []
-        for name, told in schema["properties"].items():
+        for name, item in schema["properties"].items():
             key = f"{part}.{name}" if part else name
             if name not in parts and (not wanted or part in wanted or key in wanted):
-                meaning = " ".join(told.get("description", "").split())
-                settings.append(Setting(name, values[key], defaults[key], describe_kind(told), meaning))
+                meaning = " ".join(item.get("description", "").split())
+                settings.append(Setting(name, values[key], defaults[key], describe_kind(item), meaning))
         if settings:
             found.append(Section(part, " ".join(schema.get("description", "").split()), settings))
     return found
 
 
 def describe_kind(schema: dict[str, Any]) -> str:
-    """What a value may be, in words, from its JSON schema."""
+    """The type, choices or range of a value, in words, from its JSON schema."""
     if "anyOf" in schema:
         kinds = [describe_kind(choice) for choice in schema["anyOf"]]
         return " or ".join([kind for kind in kinds if kind != "null"] + ["null"] * ("null" in kinds))
@@ -84,14 +81,14 @@ def describe_kind(schema: dict[str, Any]) -> str:
 
 
 def one_line_value(value: Any) -> str:
-    """As it would stand in an override; a long text is cut."""
+    """The value as in an override; a long text is cut."""
     text = as_yaml({"": value}).partition(":")[2]
     text = " ".join(text.split())
     return text if len(text) <= 60 else f"{text[:50]}... ({len(value)} characters)"
 
 
 def as_commented_yaml(sections: Sequence[Section]) -> str:
-    """YAML that `--config` reads back as the same values, with what each means above it."""
+    """YAML that `--config` reads back as the same values, with each meaning as a comment above."""
     lines: list[str] = []
     for section in sections:
         if section.name:
@@ -110,7 +107,6 @@ def _comment(text: str, indent: str) -> list[str]:
 
 
 def _check_wanted(wanted: Sequence[str]) -> None:
-    """Refuses what is neither a section nor a setting."""
     top, keys = [item.name for item in fields(Config)], list(flatten(Config()))
     for word in wanted:
         if word not in top and word not in keys:

@@ -1,8 +1,4 @@
-"""From a preset, a YAML file and `key=value` overrides to checked settings, which `settings.py` holds.
-
-`load_config` merges the three in that order, and refuses unknown keys and impossible values with one line that names
-the key.
-"""
+"""Makes a checked `Config` of a preset, a YAML file and `key=value` overrides, merged in that order."""
 
 import difflib
 import re
@@ -15,14 +11,12 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from searche1_lite.config.settings import (
-    Config,
-)
+from searche1_lite.config.settings import Config
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.yaml_file import as_yaml, parse_yaml, read_yaml
 
 DEFAULT_PRESETS = {8: "qwen2.5-3b-8gb", 12: "qwen2.5-3b-12gb", 16: "qwen2.5-3b-16gb", 24: "qwen2.5-3b-24gb"}
-"""What `train` without a preset or a file takes, by the GPU's memory in GB."""
+"""What `train` uses without a preset or a file, by the GPU's memory in GB."""
 
 
 def default_preset(gpu_gib: float | None) -> str:
@@ -34,7 +28,7 @@ def default_preset(gpu_gib: float | None) -> str:
     if gpu_gib is None:
         raise UserError(
             "no NVIDIA GPU found, and no preset or config given; try --preset demo, which needs none, or name one of "
-            f"{', '.join(preset_names())} (`searche1-lite doctor` tells why a GPU is not seen)"
+            f"{', '.join(preset_names())} (`searche1-lite doctor` shows why a GPU is not found)"
         )
     # A card's usable memory is a little less than its name says.
     fitting = [size for size in DEFAULT_PRESETS if size <= gpu_gib * 1.06]
@@ -42,8 +36,6 @@ def default_preset(gpu_gib: float | None) -> str:
         raise UserError(f"the GPU has {gpu_gib:.1f} GiB, and no preset is made for less than 8; give one with --preset")
     return DEFAULT_PRESETS[max(fitting)]
 
-
-_SECTIONS = [item.name for item in fields(Config) if is_dataclass(item.type)]
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -60,16 +52,16 @@ def load_config(
     before: Mapping[str, Any] | None = None,
     after: Mapping[str, Any] | None = None,
 ) -> Config:
-    """The run's settings: a preset, then a YAML file, then `key.sub=value` overrides; the last one said counts.
+    """The settings of a preset, then a YAML file, then `key.sub=value` overrides; later values replace earlier ones.
 
-    A corpus takes the place of an index that was named alone by one of those before it, such as a preset's Wikipedia.
+    A corpus replaces an index that an earlier source set without a corpus, such as a preset's Wikipedia.
 
     Args:
-        before: settings under nested or dotted keys that count less than the overrides, and more than the file.
-        after: such settings that count more than all else.
+        before: settings under nested or dotted keys, applied between the file and the overrides.
+        after: settings applied last.
 
     Raises:
-        UserError: unknown preset, key or file, broken YAML, or an impossible value; names it and what is allowed.
+        UserError: for an unknown preset, key or file, invalid YAML, or an invalid value; names it and what is allowed.
     """
     data: dict[str, Any] = {}
     if preset is not None:
@@ -95,22 +87,23 @@ def load_config(
 
 
 def _lay_over(data: dict[str, Any], given: dict[str, Any]) -> None:
-    """`_merge`, where a corpus that is given now is what will be searched."""
+    """`_merge`, where a new corpus replaces an index that was set without one."""
     there, now = data.get("search"), given.get("search")
     if isinstance(there, dict) and isinstance(now, dict) and there.get("corpus") is None and now.get("corpus"):
-        there.pop("index", None)  # where a corpus is there already, the two belong together
+        there.pop("index", None)
     _merge(data, given)
 
 
 def parse_config(data: dict[str, Any]) -> Config:
     """A `Config` from nested dictionaries, checked; see `load_config` for the errors."""
     _check_keys(data, Config, "")
+    sections = [item.name for item in fields(Config) if is_dataclass(item.type)]
     try:
         config = TypeAdapter(Config).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
-        # Beyond section and key, Pydantic names the branch of a union that failed.
-        depth = 2 if first["loc"][0] in _SECTIONS else 1
+        # After section and key, Pydantic names the branch of a union that failed.
+        depth = 2 if first["loc"][0] in sections else 1
         key = ".".join(str(part) for part in first["loc"][:depth])
         reason = first["msg"][:1].lower() + first["msg"][1:]
         raise UserError(f"{key}={first['input']!r} is impossible: {reason}") from error
@@ -124,12 +117,11 @@ def dump_config(config: Config) -> str:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Every setting under its dotted key, as an override names it."""
+    """Every setting under its dotted key."""
     flat: dict[str, Any] = {}
     for key, value in asdict(config).items():
-        flat |= (
-            {f"{key}.{inner}": setting for inner, setting in value.items()} if isinstance(value, dict) else {key: value}
-        )
+        inner = {f"{key}.{name}": setting for name, setting in value.items()} if isinstance(value, dict) else None
+        flat |= inner or {key: value}
     return flat
 
 
@@ -137,12 +129,12 @@ _WITHOUT_EFFECT = ("logging.", "checkpoint.", "search.timeout_seconds", "search.
 
 
 def what_counts(config: Config) -> dict[str, Any]:
-    """`flatten`, without the settings that change nothing in what a run comes to."""
+    """`flatten`, without the settings that do not change a run's result."""
     return {key: value for key, value in flatten(config).items() if not key.startswith(_WITHOUT_EFFECT)}
 
 
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with the dots of their keys taken for sections."""
+    """Nested dictionaries of settings with dotted keys."""
     nested: dict[str, Any] = {}
     for key, value in settings.items():
         for part in reversed(str(key).split(".")):
@@ -156,7 +148,7 @@ def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value)
         else:
-            into[key] = deepcopy(value)  # later ones are merged into it, and `other` may serve for other runs
+            into[key] = deepcopy(value)  # later values are merged into it, and the caller keeps `other`
 
 
 def _check_keys(data: dict[str, Any], section: type, prefix: str) -> None:
@@ -180,7 +172,7 @@ def _check_keys(data: dict[str, Any], section: type, prefix: str) -> None:
 
 
 def _hint(key: str, prefix: str, known: list[str]) -> str:
-    """What an unknown key was meant to be: a neighbour, or a key of another section; either may be misspelt."""
+    """A suggestion for an unknown key: a key of the same section, or of another one."""
     if near := difflib.get_close_matches(key, known, n=1):
         return f"did you mean {prefix}{near[0]}?"
     by_name: dict[str, list[str]] = {}
@@ -192,7 +184,7 @@ def _hint(key: str, prefix: str, known: list[str]) -> str:
 
 
 def _check_together(config: Config) -> None:
-    """Refuses values that are each possible and together are not."""
+    """Refuses values that are valid alone but not together."""
     for key in ("clip", "top_k"):
         if getattr(config.ofsd, key) and (config.ofsd.divergence, config.ofsd.objective) != ("forward_kl", "distill"):
             raise UserError(f"ofsd.{key} is for ofsd.divergence=forward_kl and ofsd.objective=distill; set it to 0")
