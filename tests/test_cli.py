@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,45 @@ ANOTHER = '{"id": "q2", "question": "What is the capital of Ecuador?", "golden_a
 PASSAGE = '{"id": "a", "contents": "Lima\\nLima is the capital of Peru."}\n'
 
 
+# Runs each command in a fork of a process that has loaded the command line only, never PyTorch.
+SERVER = """
+import json, os, sys, traceback
+from searche1_lite.cli.main import main
+import searche1_lite.config
+
+def run(words, environment, folder):
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["searche1-lite", *words]
+    try:
+        main()
+    except SystemExit as ended:
+        return ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+for line in sys.stdin:
+    words, environment, folder, files = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for stream, file in zip((1, 2), files):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        code = run(words, environment, folder)
+        sys.stdout.flush()
+        with open(files[2], "w") as modules:
+            modules.write(" ".join(sys.modules))
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
 @dataclass
 class Shown:
-    """What one call of the console gave; `imported` holds the top-level packages that Python loaded."""
+    """The result of one command; `imported` holds the top-level packages that Python loaded."""
 
     code: int
     stdout: str
@@ -26,20 +64,26 @@ class Shown:
     imported: set[str]
 
 
+@cache
+def server() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
 def console(folder: Path, *words: str, **environment: str) -> Shown:
     """Runs `searche1-lite WORDS` in `folder`."""
     settings = {key: value for key, value in os.environ.items() if not key.startswith("SEARCHE1_LITE_")}
-    ran = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "searche1_lite", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=settings | {"SEARCHE1_LITE_CACHE": str(folder / "cache")} | environment,
-    )
-    marker = "import time:"
-    lines = ran.stderr.splitlines(keepends=True)
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines if line.startswith(marker)}
-    return Shown(ran.returncode, ran.stdout, "".join(x for x in lines if not x.startswith(marker)), imported)
+    settings |= {"SEARCHE1_LITE_CACHE": str(folder / "cache")} | environment
+    running = server()
+    assert running.stdin and running.stdout
+    with tempfile.TemporaryDirectory() as place:
+        files = [f"{place}/{name}" for name in ("stdout", "stderr", "modules")]
+        running.stdin.write(json.dumps([words, settings, str(folder), files]) + "\n")
+        running.stdin.flush()
+        code = int(running.stdout.readline())
+        stdout, stderr, modules = (Path(file).read_text() for file in files)
+    return Shown(code, stdout, stderr, {name.partition(".")[0] for name in modules.split()})
 
 
 def tree(folder: Path) -> dict[str, tuple[bytes, int] | None]:
