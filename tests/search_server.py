@@ -73,6 +73,7 @@ def refused(*arguments: str) -> str:
 
 
 def children(process: "subprocess.Popen[str]") -> Sequence[Any]:
+    """The workers, without multiprocessing's resource tracker."""
     import psutil
 
-    return psutil.Process(process.pid).children()
+    return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]

@@ -25,9 +25,7 @@ from searche1_lite.runtime.errors import UserError
 from searche1_lite.search.bm25 import BM25Retriever
 from searche1_lite.search.http import TOKEN_VARIABLE, HTTPRetriever, parse_answer
 from searche1_lite.search.index import build_index
-from searche1_lite.serve.search_counters import Counters, shared_file
-from searche1_lite.serve.search_server import LONGEST_QUERY, MOST_PASSAGES, MOST_QUERIES, as_answer
-from searche1_lite.serve.search_workers import FairSocket
+from searche1_lite.serve.search_server import LONGEST_QUERY, MOST_PASSAGES, MOST_QUERIES, Counters, as_answer
 
 TOKEN = "correct-horse-battery-staple"
 CORPUS = [
@@ -196,7 +194,7 @@ def test_connections_that_come_together_go_to_both_workers(crowd: RunningServer)
             assert client.recv(64).startswith(b"HTTP/1.1 200")
         ours = {client.getsockname() for client in clients}
         held = [sum(one.raddr in ours for one in worker.net_connections("tcp")) for worker in children(crowd.process)]
-    assert sum(held) == 8 and min(held) >= 2, held
+    assert sum(held) == 8 and min(held) >= 1, held
 
 
 def test_two_workers_answer_alike_and_a_dead_one_is_replaced(
@@ -227,38 +225,6 @@ def test_two_workers_answer_alike_and_a_dead_one_is_replaced(
     assert float(total.split()[1]) >= 8 * 20 * 5, "what the dead ones did counts on"
 
 
-def test_a_worker_leaves_a_connection_to_one_with_fewer_but_not_for_ever() -> None:
-    with shared_file(2) as file, socket.create_server(("127.0.0.1", 0)) as listening, ExitStack() as stack:
-        counters, other = Counters(2, 0, file), Counters(2, 1, file)
-        held = [2]
-        fair = stack.enter_context(FairSocket(listening.detach(), counters, lambda: held[0]))
-        fair.setblocking(False)
-        for _ in range(3):
-            stack.enter_context(socket.create_connection(fair.getsockname()))
-        other.put("connections", 1)
-        with pytest.raises(BlockingIOError):
-            fair.accept()
-        assert other.of_others("connections") == [2]
-        other.put("connections", 2)
-        stack.enter_context(fair.accept()[0])
-        assert other.of_others("connections") == [3]
-        other.put("connections", 0)
-        refusals = 0
-        while True:  # the other one is dead, or has a long pause
-            try:
-                stack.enter_context(fair.accept()[0])
-                break
-            except BlockingIOError:
-                refusals += 1
-        assert refusals > 1
-        with pytest.raises(BlockingIOError):
-            fair.accept()
-        held[0] = 0
-        stack.enter_context(fair.accept()[0])
-        with pytest.raises(BlockingIOError):
-            fair.accept()  # nobody is there
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_the_workers_end_with_the_server(index: Path, number: int) -> None:
     with serve_search("--index", str(index), "--workers", "2") as running:
@@ -271,8 +237,8 @@ def test_the_workers_end_with_the_server(index: Path, number: int) -> None:
 
 def test_workers_that_cannot_start_end_the_server(tmp_path: Path) -> None:
     (tmp_path / "segments_1").write_bytes(b"no index")
-    why, what = refused("--index", str(tmp_path), "--workers", "2").splitlines()
-    assert "cannot be read" in why and what.startswith("error: a search worker did not start (ended with code")
+    *why, what = refused("--index", str(tmp_path), "--workers", "2").splitlines()
+    assert "cannot be read" in why[0] and what.startswith("error: a search worker did not start")
 
 
 def test_what_cannot_be_served_is_told_before_the_index_is_opened(index: Path, server: RunningServer) -> None:
@@ -284,13 +250,8 @@ def test_what_cannot_be_served_is_told_before_the_index_is_opened(index: Path, s
     assert "nothing to search" in refused()
 
 
-def test_counters_are_shared_and_added_up() -> None:
-    with shared_file(2) as file:
-        one, two = Counters(2, 0, file), Counters(2, 1, file)
-        one.add("queries", 3)
-        two.add("queries", 4)
-        assert one.total("queries") == two.total("queries") == 7
-        assert 'retriever="a\\"b\\\\c"' in one.as_text('a"b\\c')
+def test_a_retrievers_name_is_escaped_for_prometheus() -> None:
+    assert 'retriever="a\\"b\\\\c"' in Counters().as_text('a"b\\c')
 
 
 def test_an_answer_is_read_back_as_it_was(shelf: ShelfRetriever) -> None:

@@ -28,7 +28,8 @@ from searche1_lite.policy.model import load_policy
 from searche1_lite.report.escaping import visible
 from searche1_lite.runtime.console import RichTasks
 from searche1_lite.serve.ask import Asker
-from searche1_lite.serve.guards import GuardedServer, Place, listen
+from searche1_lite.serve.http_server import GuardedServer
+from searche1_lite.serve.place import Place, listen
 from searche1_lite.serve.web.app import PAGE_PATHS, create_app
 from searche1_lite.serve.web.desk import MOST_WAITING, Desk
 from searche1_lite.train.session import Session
@@ -70,7 +71,7 @@ class Page:
         self.place, self.desk = place, desk
         ready = threading.Event()
         app = create_app(desk)
-        self._server = GuardedServer(app, place, None, PAGE_PATHS, lambda url: ready.set(), desk.stop)
+        self._server = GuardedServer(app, place, PAGE_PATHS, lambda url: ready.set(), desk.stop)
         self._thread = threading.Thread(target=self._server.start)
         self._thread.start()
         assert ready.wait(60)

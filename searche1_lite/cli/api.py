@@ -245,7 +245,7 @@ def serve_page(
     interaction: Interaction = _DEFAULT,
 ) -> None:
     """Serves the page of `searche1-lite ask --web` until Ctrl-C or SIGTERM."""
-    from searche1_lite.serve.guards import find_token, listen
+    from searche1_lite.serve.place import find_token, listen
 
     place = listen(host, port, find_token(token))  # before the model is loaded
     asker = open_asker(config, adapter, retriever=retriever, interaction=interaction)
@@ -269,10 +269,11 @@ def serve_search(
         workers: processes over the same index, each with its own Java machine.
     """
     from searche1_lite.search.catalog import describe_source
-    from searche1_lite.serve.guards import find_token, listen
-    from searche1_lite.serve.search_workers import serve_search as serve
+    from searche1_lite.serve.place import find_token, listen
 
     place = listen(host, port, find_token(token))  # before the index is opened
+    from searche1_lite.serve.search_server import serve_search as serve
+
     search = config.search
     if search.url is None and (search.index is None or describe_source(search)[0] != "ok"):
         interaction.open_retriever(config)  # builds or downloads the index once, with progress

@@ -22,7 +22,8 @@ from searche1_lite.data.questions import sample_question
 from searche1_lite.rollout.protocol import check_question
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.serve.ask import Asker, changed_settings
-from searche1_lite.serve.guards import Place, error_response, new_app, serve
+from searche1_lite.serve.http_server import error_response, new_app, serve
+from searche1_lite.serve.place import Place
 from searche1_lite.serve.web.desk import Desk, Note, Taken
 
 PAGE_PATHS = ("/", "/page.js", "/page.css")

@@ -1,4 +1,4 @@
-"""Where a server is: its port, taken before anything slow, the names it goes by, and the token it wants to see."""
+"""A server's address: its port, bound before anything slow, the names it answers to, and its token."""
 
 import errno
 import ipaddress
@@ -7,6 +7,7 @@ import re
 import socket
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.terminal import one_line
@@ -17,14 +18,14 @@ _SHORTEST_TOKEN = 16
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a server is, and who may come in. From `listen`."""
+    """A bound address and who may use it. Made by `listen`."""
 
     host: str
     port: int
     bound: socket.socket = field(repr=False)
-    """Not yet listening: connections are refused until `serve`."""
+    """Bound, not yet listening."""
     token: str | None = field(repr=False)
-    """None: nobody needs one."""
+    """None: not needed."""
     loopback: bool
 
     @property
@@ -33,10 +34,10 @@ class Place:
         return f"http://{name}:{self.port}"
 
     def is_name(self, header: str) -> bool:
-        """Is this `Host` header one that a client of ours has a reason to send?
+        """Whether a `Host` header names this server.
 
-        A page of another site that has its own name resolve to our address (DNS rebinding) sends that name. On loopback
-        only names of loopback are taken; beyond it, also addresses (which nobody can rebind) and the machine's name.
+        With DNS rebinding, a page of another site sends that site's name. On loopback only names of loopback are
+        accepted; beyond it also addresses, which cannot be rebound, and the machine's name.
         """
         match = _HOST.fullmatch(header)
         if match is None:
@@ -53,11 +54,7 @@ _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+)(?::\d{1,5})?", re.ASCII)
 
 
 def find_token(given: str | None) -> str | None:
-    """The token that clients have to show: `given` (of --token), else that of SEARCHE1_LITE_TOKEN, else None.
-
-    Raises:
-        UserError: for one that is easily guessed or cannot stand in a header.
-    """
+    """The clients' token: `given` (of --token), else SEARCHE1_LITE_TOKEN, else None; a UserError if it is too weak."""
     token = given if given is not None else os.environ.get(TOKEN_VARIABLE) or None
     if token is not None and not re.fullmatch(f"[!-~]{{{_SHORTEST_TOKEN},}}", token):
         origin = "--token" if given is not None else TOKEN_VARIABLE
@@ -69,7 +66,7 @@ def find_token(given: str | None) -> str | None:
 
 
 def listen(host: str = "127.0.0.1", port: int = 0, token: str | None = None) -> Place:
-    """Takes the port. Do this before anything slow, so that what is wrong with it is told at once.
+    """Binds the port, before anything slow, so that its errors are reported at once.
 
     Args:
         host: name or address; beyond loopback only with a token.
@@ -77,9 +74,12 @@ def listen(host: str = "127.0.0.1", port: int = 0, token: str | None = None) -> 
         token: from `find_token`.
 
     Raises:
-        UserError: if there is no such host here, it is beyond loopback and there is no token, or the port is not to be
-            had.
+        UserError: if the host is unknown, it is beyond loopback and there is no token, or the port is taken.
     """
+    if missing := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
+        raise UserError(
+            f"a server needs {missing[0]}, which is not installed: pip install -e '.[web]' in the toolkit's checkout"
+        )
     if not 0 <= port <= 65535:
         raise UserError(f"there is no port {port}; give one from 1 to 65535, or 0 for a free one")
     try:
