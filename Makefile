@@ -4,7 +4,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools-installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 # An interrupted demo goes on where it was; a finished one prints its table again. `rm -r runs/demo` starts afresh.
 # One thread: beside other work, several threads of a policy this small wait for each other.
@@ -12,6 +12,9 @@ demo: $(INSTALLED)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/searche1-lite train --preset demo --out runs/demo --resume
 
 test: $(TOOLS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
+test-all: $(TOOLS)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(TOOLS)

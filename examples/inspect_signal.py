@@ -24,8 +24,8 @@ def main(out: str) -> None:
     s1.train_policy(config, out)
     lines = Path(out, "trajectories", "round1.ofsd.rollouts.jsonl").read_text(encoding="utf-8").splitlines()
     rollouts = [s1.Trajectory.from_dict(json.loads(line)) for line in lines]
-    found, counts = select_pairs(rollouts, config.ofsd.students)
-    pairs = found[:24]
+    found = select_pairs(rollouts, config.ofsd.students)
+    pairs, counts = found.chosen[:24], found.counts
     print(f"{counts['pairs']} pairs from {counts['questions']} questions; mean KL a token, in nats:")
     checkpoints = Path(out, "checkpoints")
     asker = s1.open_asker(config, checkpoints / "round1.grpo")

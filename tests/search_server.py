@@ -76,4 +76,5 @@ def children(process: "subprocess.Popen[str]") -> Sequence[Any]:
     """The workers, without multiprocessing's resource tracker."""
     import psutil
 
-    return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    found = [child for child in psutil.Process(process.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in found if "spawn_main" in " ".join(child.cmdline())]

@@ -5,13 +5,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from command import run_command
 from rich.console import Console
 
 from searche1_lite.cli.pipe import LONGEST_LINE, QuestionLines
@@ -35,13 +35,8 @@ CONTROL = re.compile("[\x00-\x09\x0b-\x1a\x1c-\x1f\x7f-\x9f\u202e]")
 
 def command(folder: Path, *words: str, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
     """Runs `searche1-lite ask WORDS` on the demo."""
-    return subprocess.run(
-        [sys.executable, "-m", "searche1_lite", "ask", "--preset", "demo", *words],
-        cwd=folder,
-        input=stdin,
-        capture_output=True,
-        env={**os.environ, "SEARCHE1_LITE_CACHE": str(folder / "cache"), **environment},
-    )
+    settings = {"SEARCHE1_LITE_CACHE": str(folder / "cache"), **environment}
+    return run_command("ask", "--preset", "demo", *words, cwd=folder, text=False, given=stdin, **settings)
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,7 @@ def found(shape: Qwen2Config, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return bench(settings(folder), on_part=parts.append) | {"parts": parts, "folder": str(folder)}
 
 
+@pytest.mark.slow
 def test_bench_gives_measured_and_planned_bytes_of_every_stage(found: dict[str, Any]) -> None:
     memory = found["memory"]
     names = {f"{stage}_{kind}" for stage in STAGES for kind in ("bytes", "plan_bytes", "plan_vs_measured")}
@@ -96,11 +97,13 @@ def test_bench_gives_measured_and_planned_bytes_of_every_stage(found: dict[str, 
     assert json.loads(json.dumps(found)) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_plan_is_near_what_a_process_takes(found: dict[str, Any], stage: str) -> None:
     assert 0.85 < found["memory"][f"{stage}_plan_vs_measured"] < 1.15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["GRPO step", "OFSD step"])
 def test_a_dense_step_takes_far_more_memory(found: dict[str, Any], base: Path, stage: str) -> None:
     ours = found["memory"]["grpo_bytes" if stage == "GRPO step" else "ofsd_bytes"]
@@ -146,6 +149,7 @@ def test_ours_and_the_dense_distillation_step_are_the_same_task(tmp_path: Path) 
     assert rows == 3 and abs(width - (512 + 448)) <= 64, "the privileged template takes the random prompt's place"
 
 
+@pytest.mark.slow
 def test_a_stage_that_does_not_fit_into_the_memory_is_told_as_none(base: Path, tmp_path: Path) -> None:
     """In a process that may map no more than 6 GiB; the dense logits alone would take 11.8 GB."""
     config = settings(base, "grpo.questions_per_step=32", "grpo.micro_batch_tokens=49152")
@@ -201,6 +205,7 @@ def test_the_standard_workload_is_one_trajectory_of_4096_tokens_at_a_time() -> N
     assert config.grpo.steps == 1 and config.ofsd.enabled
 
 
+@pytest.mark.slow
 def test_the_table_tells_what_did_not_fit(found: dict[str, Any]) -> None:
     console = Console(width=120)
     memory = found["memory"] | {

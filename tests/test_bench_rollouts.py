@@ -335,6 +335,7 @@ def found() -> dict[str, Any]:
     return bench(parts=("rollout", "search", "round"), quick=True)
 
 
+@pytest.mark.slow
 def test_bench_gives_every_figure_beside_its_baselines(found: dict[str, Any]) -> None:
     assert json.loads(json.dumps(found)) == found and found["quick"]
     assert found["rollout"].keys() == {"demo", "135m_3_layers"}
@@ -356,6 +357,7 @@ def test_bench_gives_every_figure_beside_its_baselines(found: dict[str, Any]) ->
     assert all(seconds >= 0 for seconds in found["round"]["seconds"].values())
 
 
+@pytest.mark.slow
 def test_the_tables_tell_the_speedups_and_the_knee(found: dict[str, Any]) -> None:
     console = Console(width=80)
     with console.capture() as shown:
@@ -368,6 +370,7 @@ def test_the_tables_tell_the_speedups_and_the_knee(found: dict[str, Any]) -> Non
     assert f"{found['search']['batch_64']['qps_vs_pyserini']:.2f}" in text
 
 
+@pytest.mark.slow
 def test_the_plot_has_a_bar_for_each_ratio(found: dict[str, Any], tmp_path: Path) -> None:
     found = found | {"memory": {"grpo_vs_dense": 0.1, "ofsd_vs_dense": None}}
     bars = ratios(found)

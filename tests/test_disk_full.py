@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from command import run_command
 from conftest import fresh_policy
 from peft import PeftModel
 from test_checkpoint import summary_of
@@ -40,9 +40,7 @@ def fill(disk: Path, leave: int) -> Path:
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "searche1_lite", *words], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    return run_command(*words)
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_one_and_gives_its_room_back(
@@ -62,6 +60,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_one_and_gives_its_roo
     assert folder.latest() == (disk / "run" / "checkpoints" / "base", summary_of("base"))
 
 
+@pytest.mark.slow
 def test_a_run_whose_disk_fills_up_ends_in_a_line_and_goes_on_once_there_is_room(disk: Path) -> None:
     settings = [
         "rounds=1",

@@ -216,6 +216,7 @@ def test_two_processes_make_the_run_that_one_makes(alone: Path, tmp_path: Path) 
     assert tree(tmp_path / "run").keys() == tree(alone).keys() | {"report.html"}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_one_process_was_killed_and_one_stopped_on_another_number_of_processes(
     alone: Path, tmp_path: Path
 ) -> None:

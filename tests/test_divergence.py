@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import dense_divergence
 
-from searche1_lite.policy import divergence as divergence_module
-from searche1_lite.policy.divergence import divergence, try_losses
+from searche1_lite.policy import losses as divergence_module
+from searche1_lite.policy.losses import divergence, try_losses
 from searche1_lite.runtime.errors import UserError
 
 VOCABULARY, WIDTH = 150, 24

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from command import run_command
 from hub_server import HubServer
 
 from searche1_lite.config import Config, load_config
@@ -32,10 +33,10 @@ SETS = {"demo": 40, "own.jsonl": 9}
 
 
 def command(*words: str, cwd: Path, program: str = "") -> subprocess.CompletedProcess[str]:
-    start = ["-c", program] if program else ["-m", "searche1_lite"]
-    return subprocess.run(
-        [sys.executable, *start, *words], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL
-    )
+    if not program:
+        return run_command(*words, cwd=cwd)
+    command = [sys.executable, "-c", program, *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -175,6 +176,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_to_the_same_figures(desk: Path) -> None:
     killed = command(*WORDS, "--out", "killed", cwd=desk, program=ENDED.format(signal="SIGKILL"))
     assert killed.returncode == -signal.SIGKILL

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command import run_command
 
 from searche1_lite.data.questions import check_disjoint, load_questions
 from searche1_lite.rollout.reward import normalize_answer
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINE = re.compile(r"(\S.*): (\d\.\d\d) right, (\d\.\d\d) searches a question")
 
 
@@ -62,6 +62,7 @@ def test_own_retriever_is_what_the_policy_searches(tmp_path: Path) -> None:
     assert found["rare words"][0] > 0.2 and found["rare words"] != found["bm25(k1=0.9, b=0.4)"]
 
 
+@pytest.mark.slow
 def test_inspect_signal_shows_the_kl_of_the_pairs_falling_and_the_control_at_zero(tmp_path: Path) -> None:
     shown = script("inspect_signal.py", "run", cwd=tmp_path)
     rows = re.findall(r"(before|after): pairs (\S+), plain (\S+), foreign (\S+)", shown)
@@ -88,6 +89,7 @@ def test_the_rivers_questions_are_disjoint_and_their_answers_stand_in_the_docume
         assert all(normalize_answer(gold) in plain for gold in question.golden_answers), question
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_corpus_example_run_as_they_stand(tmp_path: Path) -> None:
     text = (EXAMPLES / "own_corpus" / "README.md").read_text()
     commands = [line.strip() for line in text.splitlines() if line.startswith("    searche1-lite ")]
@@ -96,23 +98,17 @@ def test_the_commands_of_the_corpus_example_run_as_they_stand(tmp_path: Path) ->
     (tmp_path / "examples").symlink_to(EXAMPLES)  # they are for the repository's root, and write to runs/ there
     for command in tried:
         words = shlex.split(command)[1:]
-        ran = subprocess.run(
-            [sys.executable, "-m", "searche1_lite", *words],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"SEARCHE1_LITE_CACHE": str(tmp_path / "cache")},
-        )
+        ran = run_command(*words, cwd=tmp_path, SEARCHE1_LITE_CACHE=str(tmp_path / "cache"))
         # The demo's policy knows nothing of rivers: it may end without an answer.
         assert ran.returncode in ((0, 3) if words[0] == "ask" else (0,)), ran.stderr
         assert "Traceback" not in ran.stderr
     assert (tmp_path / "runs" / "rivers" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_planning_says_where_the_time_goes_and_how_it_shrinks_with_cards(tmp_path: Path) -> None:
-    table = [line for line in script("planning.py", cwd=tmp_path).splitlines() if line.startswith("|")]
-    assert "\n".join(table) in README
+    table = [line for line in script("planning/plan.py", cwd=tmp_path).splitlines() if line.startswith("|")]
+    assert "\n".join(table) in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     heads, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in (table[0], *table[2:]))
     plans = [dict(zip(heads, row, strict=True)) for row in rows]
     hours = [float(plan["hours"]) for plan in plans]
@@ -123,14 +119,13 @@ def test_planning_says_where_the_time_goes_and_how_it_shrinks_with_cards(tmp_pat
         assert sum(parts) == pytest.approx(total, abs=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["settle-it", "divergence", "reference", "teacher", "budget"])
 def test_each_sweep_file_compares_its_variants(name: str, tmp_path: Path) -> None:
     """Two updates a run, of one seed: that every variant runs, not what it comes to."""
     short = ["grpo.steps=1", "grpo.questions_per_step=2", "ofsd.questions=8", "data.evaluation_limit=8"]
     words = ["sweep", str(EXAMPLES / f"{name}.yaml"), "--out", "out", "--seeds", "1", "--json", "budget.updates=2"]
-    ran = subprocess.run(
-        [sys.executable, "-m", "searche1_lite", *words, *short], cwd=tmp_path, capture_output=True, text=True
-    )
+    ran = run_command(*words, *short, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     variants = json.loads(ran.stdout)["variants"]
     assert {row["name"] for row in variants} == set(yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())["variants"])

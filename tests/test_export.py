@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from bitsandbytes.nn import Linear4bit
+from command import run_command
 from conftest import fresh_policy
 from hub_server import HubServer
 from peft import PeftModel
@@ -370,6 +371,8 @@ def test_a_mistake_is_one_line_before_anything_heavy_is_loaded(
 
 def export(folder: Path, *words: str, python: list[str] | None = None, **how: Any) -> subprocess.CompletedProcess[str]:
     """`searche1-lite export WORDS` in `folder`."""
+    if python is None and not how:
+        return run_command("export", *words, cwd=folder)
     command = [sys.executable, *(python or []), "-m", "searche1_lite", "export", *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, **how)
 

@@ -31,7 +31,7 @@ from searche1_lite.data.trajectory import Passage, Question, Trajectory
 from searche1_lite.policy import model as model_module
 from searche1_lite.policy.adapter import keep_adapter_fp32, save_adapter
 from searche1_lite.policy.engine import Decoder
-from searche1_lite.policy.logprobs import token_logprobs
+from searche1_lite.policy.losses import token_logprobs
 from searche1_lite.policy.model import load_policy
 from searche1_lite.rollout.protocol import Protocol
 from searche1_lite.rollout.scheduler import Agent, Sampling, rollout

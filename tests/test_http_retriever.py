@@ -430,6 +430,7 @@ def test_with_stop_the_run_ends_with_one_line(talking_policy_folder: Path, serve
         play(talking_policy_folder, retriever)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_server_stopped_goes_on_or_counts_what_failed(tmp_path: Path) -> None:
     config = load_config("demo")
     command = [

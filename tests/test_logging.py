@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import shutil
 import sqlite3
@@ -15,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from command import run_command
 from rich.cells import cell_len
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -43,10 +43,7 @@ STAGES = ["base", "round1.grpo", "round1.ofsd"]
 
 
 def train(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "searche1_lite", "train", "--preset", "demo", *SETTINGS, *words],
-        capture_output=True, text=True, cwd=folder, stdin=subprocess.DEVNULL, env=os.environ | environment,
-    )  # fmt: skip
+    return run_command("train", "--preset", "demo", *SETTINGS, *words, cwd=folder, **environment)
 
 
 def records(run: Path, stage: str) -> list[dict]:
@@ -201,6 +198,7 @@ def test_tensorboard_has_the_evaluations_as_a_run_with_a_step_a_stage(tracked_ru
     assert [step for step, _ in found["eval/pairs/pairs"]] == [2], "what only one stage has"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_tells_each_step_once_and_leaves_finished_stages_alone(tracked_run: Path, tmp_path: Path) -> None:
     again = tmp_path / "run"
     shutil.copytree(tracked_run, again)
@@ -290,10 +288,7 @@ def test_wandb_has_a_run_a_stage_in_one_group_and_the_evaluations(tmp_path: Path
 
 def test_offline_wandb_in_the_environment_leaves_stdout_to_the_results(tmp_path: Path) -> None:
     words = ["eval", "--preset", "demo", "--limit", "2", "--json"]
-    shown = subprocess.run(
-        [sys.executable, "-m", "searche1_lite", *words],
-        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"WANDB_MODE": "offline"},
-    )  # fmt: skip
+    shown = run_command(*words, cwd=tmp_path, WANDB_MODE="offline")
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)["n"] == 2
 

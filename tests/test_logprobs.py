@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from searche1_lite.policy import divergence as divergence_module
-from searche1_lite.policy import logprobs
-from searche1_lite.policy.divergence import divergence
-from searche1_lite.policy.logprobs import completion_hidden, token_logprobs
+from searche1_lite.policy import losses
+from searche1_lite.policy import losses as divergence_module
+from searche1_lite.policy.losses import completion_hidden, divergence, token_logprobs
 
 
 def head_and_states(count: int) -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]:
@@ -22,7 +21,7 @@ def head_and_states(count: int) -> tuple[torch.nn.Linear, torch.Tensor, torch.Te
 def test_values_entropies_and_gradient_equal_the_dense_ones(
     monkeypatch: pytest.MonkeyPatch, tile: int, temperature: float
 ) -> None:
-    monkeypatch.setattr(logprobs, "TOKENS_PER_TILE", tile)
+    monkeypatch.setattr(losses, "TOKENS_PER_TILE", tile)
     head, hidden, targets = head_and_states(11)
     values, entropies = token_logprobs(head, hidden, targets, temperature)
     values.sum().backward()

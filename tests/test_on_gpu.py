@@ -30,9 +30,8 @@ from searche1_lite.config import Config, EngineConfig, GRPOStageConfig, OFSDStag
 from searche1_lite.data.trajectory import Trajectory
 from searche1_lite.policy import engine
 from searche1_lite.policy import model as model_module
-from searche1_lite.policy.divergence import divergence
 from searche1_lite.policy.engine import Decoder, UniformStream
-from searche1_lite.policy.logprobs import token_logprobs
+from searche1_lite.policy.losses import divergence, token_logprobs
 from searche1_lite.policy.model import shadow_weights
 from searche1_lite.policy.shrinking import Limit
 from searche1_lite.rollout.protocol import Protocol

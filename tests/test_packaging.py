@@ -21,7 +21,7 @@ from searche1_lite.evaluate.baselines import Method
 
 ROOT = Path(__file__).parent.parent
 TOP_LEVEL = [
-    "searche1_lite", "tests", "examples", "CHANGELOG.md", "LICENSE", "Makefile", "README.md", "constraints.txt",
+    "searche1_lite", "tests", "examples", "docs", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt",
     "pyproject.toml", ".gitignore",
 ]  # fmt: skip
 
@@ -85,7 +85,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) 
 def test_the_source_archive_holds_what_a_clone_has(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[1]) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
-    folders = shipped(ROOT / "searche1_lite") | shipped(ROOT / "tests") | shipped(ROOT / "examples")
+    folders = set().union(*(shipped(ROOT / name) for name in ("searche1_lite", "tests", "examples", "docs")))
     assert files == folders | {name for name in TOP_LEVEL if (ROOT / name).is_file()} | {"PKG-INFO"}
 
 

@@ -1,4 +1,4 @@
-"""README.md and those of examples/ say what is so: commands, links, files, tables, and what is in the layout.
+"""README.md, docs/ and the examples' READMEs: their commands, links, files and tables are right.
 
 A command is a line of an indented block. It is run beside a small run of the demo, some with words added that make it
 short (`SHORTER`); or it is parsed by the real command line, and its settings and files are looked for, where it needs a
@@ -7,6 +7,7 @@ between fences are what programs print.
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import re
@@ -31,7 +32,11 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", *sorted((ROOT / "examples").rglob("README.md")))
+    for path in (
+        *sorted(ROOT.glob("*.md")),
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "examples").rglob("README.md")),
+    )
 }
 FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 COMMANDS: Any = typer.main.get_command(app)
@@ -56,10 +61,11 @@ ELSEWHERE = {
     "python examples/own_reward.py": "tests/test_examples.py",
     "python examples/own_retriever.py": "tests/test_examples.py",
     "python examples/inspect_signal.py": "tests/test_examples.py",
-    "python examples/planning.py": "tests/test_examples.py",
+    "python examples/planning/plan.py": "tests/test_examples.py",
     "python examples/countries/build.py": "tests/test_smollm2.py",
 }
 BY_HAND = {
+    "python -m pytest": "the tests",
     "python tests/soak/": "minutes of faults, on a machine that has nothing else to do",
     "python -m examples.demo_policy.build": "takes 13 minutes",
     "source .venv/bin/activate": "make demo has made it",
@@ -212,20 +218,31 @@ def test_every_internal_link_leads_somewhere(page: str) -> None:
 def test_every_file_named_is_there(page: str) -> None:
     suffixes = "py|yaml|md|jsonl|json|html|txt|svg|toml|css|js"
     spans = re.findall(rf"`((?:[\w.-]+/)*(?:[\w.-]+\.(?:{suffixes})|[\w.-]+/))`", FENCED.sub("", PAGES[page]))
-    assert spans
     for span in set(spans) - set(RUN_FILES) - PLACEHOLDERS:
         places = [(ROOT / page).parent / span, ROOT / span, ROOT / "searche1_lite" / span]
         assert any(place.exists() for place in places), span
 
 
-def test_the_layout_names_every_module() -> None:
-    layout = README.partition("\n## Layout\n")[2].partition("\n## ")[0]
+def test_readme_and_architecture_name_every_room() -> None:
     package = ROOT / "searche1_lite"
-    modules = [path.name for path in package.glob("*.py") if not path.name.startswith("__")]
-    folders = [f"{path.name}/" for path in package.iterdir() if path.is_dir() and path.name[0] not in "._"]
-    assert not [name for name in (*modules, *folders) if f"`{name}`" not in layout]
+    rooms = [f"`{path.name}/`" for path in package.iterdir() if path.is_dir() and path.name[0] not in "._"]
+    assert len(rooms) == 12
+    for text in (README.partition("\n## Layout\n")[2], PAGES["docs/architecture.md"]):
+        assert not [room for room in rooms if room not in text]
+    assert [path.name for path in package.glob("*.py") if not path.name.startswith("__")] == []
 
 
-def test_what_has_not_been_tried_is_said_before_what_has() -> None:
-    top = README.partition("\n## ")[0]
-    assert "No figure here is from a GPU" in top and "GRPO alone does better than GRPO + OFSD" in top
+def test_the_readme_is_short_leads_to_every_page_and_states_the_limits() -> None:
+    assert len(README.splitlines()) <= 200
+    for page in PAGES:
+        assert page == "README.md" or page.startswith("examples/") or f"]({page}" in README, page
+    limits = README.partition("\n## Limits\n")[2]
+    assert "No figure here is from a GPU" in limits and "GRPO alone does better than GRPO + OFSD" in limits
+
+
+def test_the_configuration_page_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert PAGES["docs/configuration.md"] == generate.page(), "python docs/generate.py"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import run_command
 from report_run import STAGES, Texts, is_right, rollouts, token_kl, trajectory, write_lines, write_run, write_sweep
 
 from searche1_lite.config import dump_config, load_config
@@ -396,7 +397,7 @@ def test_a_sweep_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
 
 
 def console(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "searche1_lite", *words], capture_output=True, text=True, cwd=cwd)
+    return run_command(*words, cwd=cwd)
 
 
 def test_the_command_writes_the_report_and_prints_where(tmp_path: Path) -> None:

@@ -173,8 +173,14 @@ POINTS = [
 ]
 """Where runs are stopped: in a task, and how far in it."""
 
+OFTEN = [("round1: GRPO, later pass", 0.5), ("round1: roll out", 0.1), ("round1: OFSD, first pass", 0.0)]
+"""Those that are not marked slow."""
 
-@pytest.mark.parametrize(("task", "place"), POINTS)
+
+@pytest.mark.parametrize(
+    ("task", "place"),
+    [point if point in OFTEN else pytest.param(*point, marks=pytest.mark.slow) for point in POINTS],
+)
 def test_a_run_stopped_anywhere_and_resumed_comes_to_the_same_end_bit_for_bit(
     unbroken: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, place: float
 ) -> None:
@@ -193,6 +199,7 @@ def test_a_run_stopped_anywhere_and_resumed_comes_to_the_same_end_bit_for_bit(
     assert len(again) < len(points) or task == "base: evaluate", "what was done is not done again"
 
 
+@pytest.mark.slow
 def test_rollouts_damaged_while_a_run_is_interrupted_are_made_again_to_the_same_end(
     unbroken: tuple[Path, list[str]],
     tmp_path: Path,

@@ -156,6 +156,7 @@ def test_what_is_done_is_counted(server: RunningServer) -> None:
     }
 
 
+@pytest.mark.slow
 def test_schemathesis_finds_nothing(server: RunningServer, tmp_path: Path) -> None:
     (tmp_path / "schemathesis.toml").write_text(
         "[checks.negative_data_rejection]\n"

@@ -117,6 +117,7 @@ def test_what_runs_have_in_common_is_computed_once(folder: Path) -> None:
         assert [r["stage"] for r in steps][:3] == ["evaluate", "grpo", "evaluate"], "its curves are whole"
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_without_repeating_what_is_done_and_ends_the_same(folder: Path, whole) -> None:
     killed = folder / "killed"
     with subprocess.Popen(
@@ -169,6 +170,7 @@ def wait_for_end(pid: int) -> None:
     assert ready, f"process {pid} has outlived its sweep"
 
 
+@pytest.mark.slow
 def test_two_at_a_time_give_the_same_figures_and_workers_that_die_take_no_other_run_with_them(
     folder: Path, whole
 ) -> None:

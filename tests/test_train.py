@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command import run_command
 
 from searche1_lite.config import load_config
 from searche1_lite.report.trajectories import read_trajectories
@@ -34,13 +35,7 @@ STAGES = ["base", "round1.grpo", "round1.ofsd", "round2.grpo", "round2.ofsd"]
 
 
 def command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "searche1_lite", *words],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-    )
+    return run_command(*words, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +110,7 @@ def test_the_report_shows_the_kl_of_every_rollout_of_the_pairs_questions(folder:
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_last_stages_comes_to_the_same_end(folder: Path) -> None:
     again = folder / "again"
     shutil.copytree(folder / "run", again)
@@ -148,6 +144,7 @@ def steps_told(run: Path) -> int:
     return sum('"step"' in line for line in path.read_text().splitlines()) if path.is_file() else 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_sigterm_keep_the_steps_done_and_say_how_to_go_on(folder: Path) -> None:
     words = ["train", "--preset", "demo", "--out", "stopped", "--resume", *SETTINGS]
     run = folder / "stopped"

@@ -128,7 +128,7 @@ def _four_bits(config: Config) -> tuple[str, str]:
 def _kernels(config: Config) -> tuple[str, str]:
     import torch
 
-    from searche1_lite.policy.divergence import try_losses
+    from searche1_lite.policy.losses import try_losses
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try_losses(device)

@@ -25,10 +25,9 @@ from trl.kernels import chunked_divergence, chunked_logprob
 
 from searche1_lite.config import Config, ModelConfig
 from searche1_lite.policy.adapter import lora_config
-from searche1_lite.policy.divergence import divergence
 from searche1_lite.policy.engine import PREFILL_TOKENS, pick_tokens, uses_shadow
 from searche1_lite.policy.kv_cache import SlotCache, grouped
-from searche1_lite.policy.logprobs import VOCABULARY_PER_TILE, hidden_states, token_logprobs
+from searche1_lite.policy.losses import VOCABULARY_PER_TILE, divergence, hidden_states, token_logprobs
 from searche1_lite.policy.microbatch import fullest
 from searche1_lite.policy.model import compute_context
 

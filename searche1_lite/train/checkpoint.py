@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from searche1_lite.config import Config, dump_config, load_config, what_counts
+from searche1_lite.policy.adapter_folder import no_adapter
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.progress import say_on_stderr
 from searche1_lite.runtime.ranks import is_first, on_first_process
@@ -364,8 +365,6 @@ class RunFolder:
 def check_adapter_folder(folder: Path) -> None:
     """Refuses a folder without an adapter, or a damaged checkpoint, before the model is loaded for it."""
     if not (folder / "adapter_config.json").is_file():
-        from searche1_lite.policy.adapter_folder import no_adapter
-
         raise no_adapter(folder)
     if (folder / SEAL).is_file():
         try:

@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from searche1_lite.config import Config
 from searche1_lite.data.trajectory import Trajectory
-from searche1_lite.policy.divergence import divergence
-from searche1_lite.policy.logprobs import completion_hidden
+from searche1_lite.policy.losses import completion_hidden, divergence
 from searche1_lite.policy.microbatch import micro_batches
 from searche1_lite.policy.model import compute_context
 from searche1_lite.policy.shrinking import Limit, one_alone, smaller_micro_batches

@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 from searche1_lite.data.questions import check_enough
 from searche1_lite.data.trajectory import Question, Trajectory
 from searche1_lite.policy.adapter import drop_adapter, keep_adapter_fp32, use_adapter
-from searche1_lite.policy.logprobs import completion_hidden, token_logprobs
+from searche1_lite.policy.losses import completion_hidden, token_logprobs
 from searche1_lite.policy.microbatch import micro_batches
 from searche1_lite.policy.model import compute_context
 from searche1_lite.policy.shrinking import Limit, in_smaller_passes

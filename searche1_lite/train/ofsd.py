@@ -23,8 +23,7 @@ from trl.trainer.utils import pad
 from searche1_lite.config import Config, OFSDStageConfig
 from searche1_lite.data.trajectory import Trajectory
 from searche1_lite.policy.adapter import drop_adapter, keep_adapter_fp32, snapshot_adapter, use_adapter
-from searche1_lite.policy.divergence import divergence
-from searche1_lite.policy.logprobs import completion_hidden, token_logprobs
+from searche1_lite.policy.losses import completion_hidden, divergence, token_logprobs
 from searche1_lite.policy.microbatch import micro_batches
 from searche1_lite.policy.model import compute_context
 from searche1_lite.policy.shrinking import Limit, in_smaller_passes

@@ -14,7 +14,7 @@ from typing import Any
 from searche1_lite.config import Config
 from searche1_lite.data.questions import load_run_questions
 from searche1_lite.data.trajectory import Question, Trajectory
-from searche1_lite.policy.divergence import try_losses
+from searche1_lite.policy.losses import try_losses
 from searche1_lite.policy.model import tell_of_missing_bf16
 from searche1_lite.rollout.reward import Reward, reward_name
 from searche1_lite.rollout.samples import is_due
