@@ -51,9 +51,7 @@ def test_the_command_tells_value_default_and_choices() -> None:
     assert "ofsd." not in told and "nf4 | none" in told
     (steps,) = [line for line in told.splitlines() if "grpo.steps " in line]
     assert " 21 " in steps and "whole number, at least 0; default: 100" in steps
-    assert (
-        run("--yaml", "seed") == "# Seed of all random numbers of a run. [whole number, at least 0]\nseed: 0\n"
-    )
+    assert run("--yaml", "seed") == "# Seed of all random numbers of a run. [whole number, at least 0]\nseed: 0\n"
 
 
 @pytest.mark.parametrize(("word", "meant"), [("grop", "did you mean grpo?"), ("steps", "did you mean grpo.steps?")])
