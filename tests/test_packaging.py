@@ -21,7 +21,8 @@ from searche1_lite.evaluate.baselines import Method
 
 ROOT = Path(__file__).parent.parent
 TOP_LEVEL = [
-    "searche1_lite", "tests", "examples", "docs", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt",
+    "searche1_lite", "tests", "examples", "docs", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md",
+    "constraints.txt",
     "pyproject.toml", ".gitignore",
 ]  # fmt: skip
 
