@@ -1,4 +1,4 @@
-"""The session of `ask`: question after question at a prompt, and the commands between them."""
+"""The interactive session of `ask`: questions and commands at a prompt."""
 
 import difflib
 import json
@@ -34,7 +34,7 @@ class Stopped(Exception):
 
 
 class PrivateHistory(FileHistory):
-    """A history that only its owner may read; a full disk costs an entry, not the session."""
+    """A history file that ignores write errors, such as a full disk."""
 
     def store_string(self, string: str) -> None:
         with suppress(OSError):
@@ -42,7 +42,7 @@ class PrivateHistory(FileHistory):
 
 
 def open_history(file: Path) -> History:
-    """The history in `file`, made if need be; one that is forgotten where it cannot be kept."""
+    """The history in `file`, readable by its owner only; in memory if the file cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
@@ -57,7 +57,7 @@ class Chat:
 
     Args:
         console: the terminal.
-        history: the questions of earlier sessions, and where those of this one are kept.
+        history: questions of earlier sessions; those of this one are added.
     """
 
     def __init__(self, asker: Asker, console: Console, history: History) -> None:
@@ -66,12 +66,16 @@ class Chat:
         self._last: Answer | None = None
         self._stop = self._leaving = False
         self._commands: dict[str, tuple[Callable[[str], None], str, str]] = {
-            "help": (self._help, "", "what can be typed here"),
-            "sources": (self._sources, "[NUMBER]", "where the last answer stands; with a number, that whole passage"),
-            "trace": (self._trace, "", "all that was written and found for the last answer"),
+            "help": (self._help, "", "list the commands"),
+            "sources": (
+                self._sources,
+                "[NUMBER]",
+                "the passages with the last answer; with a number, the full passage",
+            ),
+            "trace": (self._trace, "", "everything written and found for the last answer"),
             "compare": (self._compare, "[QUESTION]", "base and adapter side by side; default: the last question"),
-            "set": (self._set, "[NAME VALUE]", "k, max_searches, temperature (0: greedy), seed; alone: as they are"),
-            "adapter": (self._adapter, "[DIR|none]", "answer with another adapter, or with the bare base"),
+            "set": (self._set, "[NAME VALUE]", "k, max_searches, temperature (0: greedy), seed; alone: show them"),
+            "adapter": (self._adapter, "[DIR|none]", "answer with another adapter, or with the base alone"),
             "save": (self._save, "FILE", "the session's answers, as JSON lines"),
             "quit": (self._quit, "", "leave; Ctrl-D does too"),
         }
@@ -86,7 +90,7 @@ class Chat:
         )
 
     def run(self) -> None:
-        """Asks until the user leaves. Mistakes are told in a line; only a failing GPU or a full memory ends it."""
+        """Reads and answers until the user leaves. User errors are shown in a line; GPU and memory errors propagate."""
         self._say("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands")
         if (sample := sample_question(self._asker.work.config.data.evaluation)) is not None:
             self._say(f"for instance: {sample}")
@@ -115,7 +119,7 @@ class Chat:
 
         @keys.add(Keys.BracketedPaste)
         def _(event: KeyPressEvent) -> None:
-            """A question is one line: what is pasted becomes one, with nothing in it that is no text."""
+            """Joins pasted lines to one, without control characters."""
             text = " ".join(plain_text(event.data.replace("\r", "\n")).split("\n"))
             try:
                 if text.strip():
@@ -146,7 +150,7 @@ class Chat:
 
     @contextmanager
     def _stoppable(self, on_stop: Callable[[], None]) -> Iterator[None]:
-        """Ctrl-C stops what is inside at the next token, where everything can be put back; a second one leaves."""
+        """Ctrl-C stops the answer at the next token, where the state is consistent; a second one leaves the session."""
         self._stop = False
 
         def note(signum: int, frame: FrameType | None) -> None:
@@ -185,7 +189,7 @@ class Chat:
         answer = self._answered()
         if not rest:
             if not answer.answered:
-                raise UserError("there was no answer, so nothing can hold it")
+                raise UserError("the last question got no answer, so it has no sources")
             for line in source_lines(answer):
                 self._console.print(line)
             return
@@ -226,7 +230,7 @@ class Chat:
         if rest:
             self._asker.use(None if rest == "none" else Path(rest).expanduser())
         adapter = self._asker.adapter
-        self._say(f"adapter: {adapter}" if adapter else "adapter: none, the bare base answers")
+        self._say(f"adapter: {adapter}" if adapter else "adapter: none, the base alone answers")
 
     def _save(self, rest: str) -> None:
         if not rest:

@@ -1,6 +1,6 @@
-"""Questions from a pipe, one a line, answered side by side and given as JSON lines in their order.
+"""Questions from a pipe, one a line, answered in batches and in order.
 
-Light to import: the command line looks for a first question before anything heavy is loaded.
+Light to import: the command line waits for a first question before it loads anything heavy.
 """
 
 import threading
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from searche1_lite.serve.ask import Answer, Asker, Comparison
 
 LONGEST_LINE = 2**20
-"""Bytes; what a longer line has beyond them is not kept."""
+"""Bytes; a longer line is cut."""
 
 
 class QuestionLines:
-    """The lines of a stream that are not blank, read ahead by a thread: never more than `ahead` of them.
+    """The non-blank lines of a stream, read by a thread, at most `ahead` of them in advance.
 
     Args:
-        stream: UTF-8 text. It is left open: the thread may still be reading when nobody waits for it any more.
+        stream: UTF-8 text. It stays open, since the thread may still be reading at exit.
     """
 
     def __init__(self, stream: BinaryIO, ahead: int) -> None:
@@ -30,14 +30,13 @@ class QuestionLines:
         threading.Thread(target=self._read, name="questions", daemon=True).start()
 
     def wait(self) -> bool:
-        """Waits for the first question; is there one?"""
+        """Waits for the next question; False at the end of the stream."""
         if self._first is None:
             self._first = self._next()
         return self._first is not None
 
     def batches(self, size: int) -> Iterator[list[str]]:
-        """At most `size` at a time: those that have come by the time that one has. So one who waits for the answer
-        before asking again gets it."""
+        """Up to `size` lines at a time, without waiting for more than one: an interactive client gets each answer."""
         while self.wait():
             batch = [self._first or ""]
             self._first = None
@@ -75,6 +74,6 @@ class QuestionLines:
 
 
 def answer_lines(asker: "Asker", lines: QuestionLines, compare: bool) -> "Iterator[Answer | Comparison]":
-    """The answers, in the order of the questions. No more than a batch of either is held."""
+    """The answers, in the order of the questions; at most one batch is in memory."""
     for batch in lines.batches(asker.work.engine.batch_size):
         yield from asker.compare_all(batch) if compare else asker.answers(batch)

@@ -1,4 +1,4 @@
-"""The one record that flows end to end: a question, what was said and searched, and what it earned.
+"""The record that flows end to end: a question, the policy's turns and searches, and the reward.
 
 Plain data. Token ids are the truth: `completion_ids` holds the sampled ids as sampled and the environment's ids as
 inserted; `loss_mask` tells them apart. Nothing downstream decodes and re-tokenises.
@@ -22,10 +22,10 @@ class Passage:
 
 
 class FailedSearch(list[Passage]):
-    """The empty result of a search that could not be made: nobody may take it for one that found nothing.
+    """The empty result of a failed search, as opposed to a search without results.
 
     Args:
-        reason: what went wrong, in a line.
+        reason: the error, in one line.
     """
 
     def __init__(self, reason: str) -> None:
@@ -35,7 +35,7 @@ class FailedSearch(list[Passage]):
 
 @dataclass(slots=True)
 class Question:
-    """A question and the answers that count as right (FlashRAG's columns)."""
+    """A question and its accepted answers (FlashRAG's columns)."""
 
     id: str
     question: str
@@ -52,26 +52,25 @@ class Turn:
     start: int
     end: int
     text: str
-    """The decoded stretch, for the reward, the report and the reader; never trained on."""
+    """The decoded tokens, for the reward and the report; never trained on."""
 
 
 @dataclass(slots=True)
 class Search:
-    """One search and what came back."""
+    """One search and its results."""
 
     query: str
     passages: list[Passage]
     failed: str | None = None
-    """Why the search could not be made, if it could not: it found nothing because nobody looked. Episodes go on from
-    there only with `search.on_failure=empty`."""
+    """Why the search failed, if it did. Episodes continue after that only with `search.on_failure=empty`."""
 
     @classmethod
     def of(cls, query: str, found: list[Passage]) -> "Search":
-        """The record of a search and what a `Retriever` gave for it."""
+        """The record of a query and a `Retriever`'s result."""
         return cls(query, list(found), found.reason if isinstance(found, FailedSearch) else None)
 
     def to_dict(self) -> dict[str, Any]:
-        """`failed` only where it did."""
+        """Without `failed` if the search succeeded."""
         record = asdict(self)
         if self.failed is None:
             del record["failed"]
@@ -104,8 +103,7 @@ class Trajectory:
     f1: float = 0.0
     logprobs: list[float] | None = None
     given: list[Search] = field(default_factory=list)
-    """What was looked up for the policy and shown in its prompt (one-shot RAG). It did not ask for it, so these are not
-    among its `searches`."""
+    """Searches made for the policy and shown in its prompt (one-shot RAG), which are not among its `searches`."""
 
     @property
     def correct(self) -> bool:
@@ -117,7 +115,7 @@ class Trajectory:
 
     @property
     def n_failed_searches(self) -> int:
-        """Of the searches, also those made for the policy, how many could not be made."""
+        """Failed searches, including those made for the policy."""
         return sum(search.failed is not None for search in [*self.searches, *self.given])
 
     @property
@@ -126,7 +124,7 @@ class Trajectory:
 
     @property
     def n_invalid(self) -> int:
-        """Turns that were neither a search nor an answer."""
+        """Turns that are neither a search nor an answer."""
         return sum(turn.kind == "invalid" for turn in self.turns)
 
     def to_dict(self) -> dict[str, Any]:

@@ -126,23 +126,13 @@ def test_a_subset_is_seeded_and_in_file_order(tmp_path: Path) -> None:
     assert places != list(range(10)), "a sample, not the head of the file"
     assert load_questions(spec, "train", limit=10, seed=1) == chosen
     assert load_questions(spec, "train", limit=10, seed=2) != chosen
-
-
-@pytest.mark.parametrize("limit", [0, 5, 6])
-def test_a_limit_of_zero_or_beyond_the_file_takes_every_question(tmp_path: Path, limit: int) -> None:
-    assert len(load_questions(write_many(tmp_path / "q.jsonl", 5), "train", limit=limit, seed=1)) == 5
+    assert load_questions(spec, "train", limit=100) == load_questions(spec, "train", limit=101) == every
 
 
 def test_the_demos_split_is_the_one_asked_for_or_named() -> None:
     dev, test = load_questions("demo", "dev"), load_questions("demo", "test")
     assert load_questions("demo:dev", "test") == dev
     assert dev != test and load_questions("demo:", "test") == test
-
-
-def test_a_subset_of_the_demo_leaves_the_split_itself_whole() -> None:
-    before = len(load_questions("demo", "dev"))
-    assert len(load_questions("demo", "dev", limit=3, seed=0)) == 3
-    assert len(load_questions("demo", "dev")) == before
 
 
 @pytest.mark.parametrize("spec", ["demo:validation", "demo:Dev", "demo:dev:2"])
@@ -155,11 +145,7 @@ def test_an_evaluation_question_that_was_trained_on_is_refused_with_both_ids(sam
     train = [Question("t1", "Who?", ["Ada"]), Question("t2", "Who wrote Emma?", ["Austen"])]
     with pytest.raises(UserError, match="evaluation question 'e1' is training question 't2'"):
         check_disjoint(train, [Question("e0", "Where?", ["Lima"]), Question("e1", same, ["Austen"])])
-
-
-def test_questions_that_differ_are_let_through_even_with_the_same_id_and_answer() -> None:
-    check_disjoint([Question("q", "Who wrote Emma?", ["Austen"])], [Question("q", "Who wrote Persuasion?", ["Austen"])])
-    check_disjoint([], [])
+    check_disjoint(train, [Question("t2", "Who wrote Persuasion?", ["Austen"])])
 
 
 def test_a_runs_questions_are_both_files_and_only_evaluation_is_cut(tmp_path: Path) -> None:
