@@ -1,9 +1,9 @@
-"""README.md, docs/ and the examples' READMEs: their commands, links, files and tables are right.
+"""README.md, docs/ and the examples' READMEs: their commands, links, files and tables are correct.
 
-A command is a line of an indented block. It is run beside a small run of the demo, some with words added that make it
-short (`SHORTER`); or it is parsed by the real command line, and its settings and files are looked for, where it needs a
-GPU, the hub or minutes (`PARSED`); or it is another test's (`ELSEWHERE`). A line that is none of these fails. Blocks
-between fences are what programs print.
+A command is a line of an indented block. It is run next to a small run of the demo, some with overrides that make it
+short (`SHORTER`); or the real command line parses it and its settings and files are checked, where it needs a GPU, the
+hub or minutes (`PARSED`); or another test runs it (`ELSEWHERE`). Any other line fails. Fenced blocks are program
+output, or records of a corpus or a question file.
 """
 
 import contextlib
@@ -26,7 +26,9 @@ import typer
 
 from searche1_lite.cli.main import app
 from searche1_lite.config import load_config, preset_names
+from searche1_lite.data.question_files import read_own_file
 from searche1_lite.evaluate.sweep.plan import load_plan
+from searche1_lite.search.corpus import check_corpus
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,16 +68,16 @@ ELSEWHERE = {
 }
 BY_HAND = {
     "python -m pytest": "the tests",
-    "python tests/soak/": "minutes of faults, on a machine that has nothing else to do",
+    "python tests/soak/": "minutes, on an idle machine",
     "python -m examples.demo_policy.build": "takes 13 minutes",
-    "source .venv/bin/activate": "make demo has made it",
+    "source .venv/bin/activate": "make demo creates it",
     "python3.11 -m venv vllm-env": "an environment of 4.5 GB",
     "vllm-env/bin/": "vLLM has an environment of its own",
     "OMP_NUM_THREADS=1 vllm-env/bin/": "vLLM has an environment of its own",
 }
 RUN_FILES = ["config.yaml", "metrics.jsonl", "summary.json", "trajectories/", "checkpoints/", "report.html"]
 PLACEHOLDERS = {"sweep.json", "FILE.yaml", "tensorboard/", "runs/demo/report.html"}
-"""Files that a sweep (tests/test_sweep.py), TensorBoard (tests/test_logging.py) or the reader makes."""
+"""Files that a sweep (tests/test_sweep.py), TensorBoard (tests/test_logging.py) or the reader creates."""
 
 
 def commands(page: str) -> list[list[str]]:
@@ -85,7 +87,7 @@ def commands(page: str) -> list[list[str]]:
 
 
 def kind(words: list[str], *kinds: Iterable[str]) -> str | None:
-    """Which of these beginnings the command has."""
+    """The first of these prefixes that the command has."""
     return next((start for group in kinds for start in group if " ".join(words).startswith(start)), None)
 
 
@@ -93,12 +95,12 @@ def run(words: list[str]) -> str:
     """What `searche1-lite WORDS` prints on stdout, in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         code = COMMANDS.main(words, prog_name="searche1-lite", standalone_mode=False)
-    assert not code or (words[0] == "ask" and code == 3), f"{words}: exit status {code}"  # 3: it did not answer
+    assert not code or (words[0] == "ask" and code == 3), f"{words}: exit status {code}"  # 3: no answer
     return shown.getvalue()
 
 
 def check_parsed(words: list[str]) -> None:
-    """The command line takes these words, and the preset, files and overrides among them are there and make sense."""
+    """The command line accepts these words; the preset, files and overrides among them exist and are valid."""
     if words[0] == "accelerate":
         start = words.index("searche1_lite")
         assert (ROOT / words[words.index("--config_file") + 1]).is_file()
@@ -120,15 +122,13 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(desk)
         words = shlex.split(train)
-        words = words[words.index(".venv/bin/searche1-lite") + 1 :]  # before it the number of threads
+        words = words[words.index(".venv/bin/searche1-lite") + 1 :]  # the number of threads precedes it
         (desk / "shown.txt").write_text(run([*words, *SHORT]))
     return desk
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_runs_or_is_one_that_cannot_run_here(
-    page: str, desk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_command_runs_or_parses(page: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
     monkeypatch.setenv("SEARCHE1_LITE_CACHE", str(desk / "cache"))
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -147,19 +147,19 @@ def test_every_command_runs_or_is_one_that_cannot_run_here(
         elif words[:2] == ["pip", "install"] and words[-1].startswith(".["):
             assert words[-1][2:-1] in extras
         else:
-            assert kind(words, BY_HAND), f"{page}: nothing is known about {command!r}"
+            assert kind(words, BY_HAND), f"{page}: no way to check {command!r}"
         if words[0] == "python":
-            there = find_spec(words[2]) if words[1] == "-m" else (ROOT / words[1]).is_file()
-            assert there, f"{command} is not there"
+            exists = find_spec(words[2]) if words[1] == "-m" else (ROOT / words[1]).is_file()
+            assert exists, f"{command} does not exist"
 
 
-def test_each_exception_is_of_a_command_that_stands_there() -> None:
-    there = [" ".join(words) for page in PAGES for words in commands(page)]
+def test_each_exception_is_for_a_command_of_a_page() -> None:
+    present = [" ".join(words) for page in PAGES for words in commands(page)]
     for start in (*SHORTER, *PARSED, *ELSEWHERE, *BY_HAND):
-        assert any(command.startswith(start) for command in there), start
+        assert any(command.startswith(start) for command in present), start
 
 
-def test_a_runs_folder_holds_what_is_told_and_its_picture_can_be_drawn(desk: Path) -> None:
+def test_a_runs_folder_holds_the_documented_files_and_its_picture_can_be_drawn(desk: Path) -> None:
     for name in RUN_FILES:
         assert (desk / "runs" / "demo" / name).exists() and f"`{name}`" in README
     picture = desk / "picture.svg"
@@ -174,21 +174,24 @@ def stage_tables(text: str) -> list[str]:
 
 
 def test_the_stage_table_is_as_train_prints_it_and_the_picture_has_its_figures(desk: Path) -> None:
-    (told,), (shown,) = stage_tables(README), stage_tables((desk / "shown.txt").read_text())
-    assert told.splitlines()[:4] == shown.splitlines()[:4], "the heading"
-    assert re.sub(r"\d+\.\d+|(?<= )\d+(?= │)|-(?= │)", "0", told).split() == (
+    (printed,), (shown,) = stage_tables(README), stage_tables((desk / "shown.txt").read_text())
+    assert printed.splitlines()[:4] == shown.splitlines()[:4], "the heading"
+    assert re.sub(r"\d+\.\d+|(?<= )\d+(?= │)|-(?= │)", "0", printed).split() == (
         re.sub(r"\d+\.\d+|(?<= )\d+(?= │)|-(?= │)", "0", shown).split()
     )  # fmt: skip
     title = (desk / "shown.txt").read_text().splitlines()[0]
     assert f"\n{title}\n" in README
     drawn = (ROOT / "examples" / "demo_run.svg").read_text()
-    exact_match, per_correct = re.findall(r"│ +(\d\.\d{3}) │", told), re.findall(r"│ +(\d\.\d\d) │ +\d+ │ +\d+ │", told)
+    exact_match, per_correct = (
+        re.findall(r"│ +(\d\.\d{3}) │", printed),
+        re.findall(r"│ +(\d\.\d\d) │ +\d+ │ +\d+ │", printed),
+    )
     assert len(exact_match) == len(per_correct) == 5
     assert all(f">{figure}<" in drawn for figure in [*exact_match, *per_correct])
     assert len(drawn) < 60_000 and f"from {exact_match[0]} to {exact_match[-1]}" in README
 
 
-def test_every_command_and_preset_is_told_with_options_that_there_are() -> None:
+def test_every_command_and_preset_is_documented_with_existing_options() -> None:
     for name in preset_names():
         assert f"`{name}`" in README, name
     for name, command in COMMANDS.commands.items():
@@ -205,7 +208,7 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_internal_link_leads_somewhere(page: str) -> None:
+def test_every_internal_link_has_a_target(page: str) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", PAGES[page])):
         if not target.startswith("https://"):
             file, _, anchor = target.partition("#")
@@ -215,7 +218,7 @@ def test_every_internal_link_leads_somewhere(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_file_named_is_there(page: str) -> None:
+def test_every_file_named_exists(page: str) -> None:
     suffixes = "py|yaml|md|jsonl|json|html|txt|svg|toml|css|js"
     spans = re.findall(rf"`((?:[\w.-]+/)*(?:[\w.-]+\.(?:{suffixes})|[\w.-]+/))`", FENCED.sub("", PAGES[page]))
     for span in set(spans) - set(RUN_FILES) - PLACEHOLDERS:
@@ -232,12 +235,23 @@ def test_readme_and_architecture_name_every_room() -> None:
     assert [path.name for path in package.glob("*.py") if not path.name.startswith("__")] == []
 
 
-def test_the_readme_is_short_leads_to_every_page_and_states_the_limits() -> None:
+def test_the_readme_is_short_links_every_page_and_states_the_limits() -> None:
     assert len(README.splitlines()) <= 200
     for page in PAGES:
         assert page == "README.md" or page.startswith("examples/") or f"]({page}" in README, page
     limits = README.partition("\n## Limits\n")[2]
     assert "No figure here is from a GPU" in limits and "GRPO alone does better than GRPO + OFSD" in limits
+
+
+def test_the_records_shown_for_documents_and_questions_are_accepted(tmp_path: Path) -> None:
+    passage, question = re.findall(r"^```jsonl\n(.*?)^```$", PAGES["docs/data.md"], re.DOTALL | re.MULTILINE)
+    corpus, questions = tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl"
+    corpus.write_text(passage)
+    questions.write_text(question)
+    checked = check_corpus(corpus)
+    assert (checked.passages, checked.faults) == (1, 0)
+    (read,) = read_own_file(questions)
+    assert read.golden_answers[0] in passage
 
 
 def test_the_configuration_page_is_up_to_date() -> None:
