@@ -1,8 +1,8 @@
-"""What self-distillation has to go by: the KL between teacher and student, before and after a stage of OFSD.
+"""The training signal of self-distillation: the KL between teacher and student, before and after a stage of OFSD.
 
 The teacher is the same policy, shown the better rollout of the pair (`pairs`), nothing (`plain`: zero, up to rounding)
-or another question's rollout (`foreign`). The pairs are the stage's own. If `pairs` does not fall, nothing was learnt
-from them; if `foreign` is as large as `pairs`, the lesson may be in the form of the prompt, not in its content.
+or another question's rollout (`foreign`). The pairs are the stage's own. If `pairs` does not fall, the policy learned
+nothing from them; if `foreign` is as large as `pairs`, it may learn only from the form of the prompt.
 
 python examples/inspect_signal.py runs/signal
 """

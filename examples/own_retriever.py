@@ -1,4 +1,4 @@
-"""A search engine of your own in the place of BM25: whatever has a name and finds passages for a batch of queries.
+"""Your own search engine instead of BM25: any object with a name that finds passages for a batch of queries.
 
 This one ranks the demo's passages by the rarest words that they share with the query. `train`, `evaluate_policy` and
 `open_asker` take it as `retriever=`.

@@ -1,8 +1,8 @@
-"""A reward of your own in the place of exact match: right answers earn less the more searches they took.
+"""Your own reward instead of exact match: a correct answer earns less the more searches it took.
 
-A reward is a function of what the policy itself wrote (`Written`: question, golden answers, turns, queries, answer).
-The documents that it found are not among it, so that no document can earn or cost anything. GRPO alone takes it;
-figures and OFSD's pairs stay by exact match.
+A reward is a function of the policy's own text (`Written`: question, golden answers, turns, queries, answer). It does
+not include retrieved documents, so no document can change a reward. Only GRPO uses it; evaluation and OFSD's pairs use
+exact match.
 
 python examples/own_reward.py runs/own-reward
 """

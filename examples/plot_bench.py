@@ -1,4 +1,4 @@
-"""A picture of a bench's result: each ratio beside 1, and the engine's time as more episodes run side by side.
+"""Plots a bench result: each ratio next to 1, and the engine's time by number of concurrent episodes.
 
 searche1-lite bench --json > bench.json
 python examples/plot_bench.py bench.json bench.png

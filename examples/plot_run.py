@@ -1,6 +1,6 @@
-"""One picture of a run, from its own files: exact match and searches by stage, and what each training step saw.
+"""Plots a run from its files: exact match and searches by stage, and the curves of its training steps.
 
-It is an SVG without a background, whose greys can be read on a light and on a dark page.
+The SVG has no background; its greys are legible on light and dark pages.
 
 python examples/plot_run.py runs/demo runs/demo/picture.svg
 """

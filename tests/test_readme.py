@@ -134,8 +134,8 @@ def test_every_command_runs_or_parses(page: str, desk: Path, monkeypatch: pytest
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for words in commands(page):
         command = " ".join(words)
-        if kind(words, PARSED) or (words[0] == "searche1-lite" and page == "examples/own_corpus/README.md"):
-            check_parsed(words)  # the corpus example's run in tests/test_examples.py
+        if kind(words, PARSED):
+            check_parsed(words)
         elif words[0] == "searche1-lite":
             run([*words[1:], *SHORTER.get(kind(words, SHORTER) or "", [])])
         elif words[:2] == ["python", "examples/plot_run.py"]:

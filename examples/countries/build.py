@@ -1,10 +1,10 @@
 """Real facts for a real language model: a small corpus of countries, and questions of one and two hops about them.
 
-The facts are those of the `countryinfo` package (`pip install countryinfo`), not checked beyond that. Three passages a
-country: its geography, its people, its codes. A question asks for one fact of one country; where it is of two hops, the
-country is named only by its capital, which no passage but the geography holds. The countries of `train`, `dev` and
-`evaluation` are disjoint, so nothing that is asked in one is told in another. Prompts and settings are to be chosen on
-`dev`. The countries that the prompts of `smollm2.yaml` show as examples are asked about nowhere.
+The facts are those of the `countryinfo` package (`pip install countryinfo`); they are not verified. Each country has
+three passages: its geography, its people, its codes. A question asks for one fact of one country; a two-hop question
+names the country only by its capital, which only the geography passage has. The countries of `train`, `dev` and
+`evaluation` are disjoint, so no fact is in two of them. Choose prompts and settings on `dev`. No question asks about
+the countries in the examples of `smollm2.yaml`'s prompts.
 
     python examples/countries/build.py --out countries
     searche1-lite train --config examples/countries/smollm2.yaml model.name=FOLDER --out runs/countries
@@ -34,16 +34,16 @@ LANGUAGES = {
     "ar": "Arabic", "de": "German", "en": "English", "es": "Spanish", "fr": "French", "it": "Italian",
     "pt": "Portuguese", "ru": "Russian", "zh": "Chinese",
 }  # fmt: skip
-"""Names of the languages that several countries share; the others are not told."""
+"""Names of the languages that several countries share; the others are left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Country:
-    """What is told about one country; every field is filled."""
+    """The facts of one country; no field is empty."""
 
     name: str
     names: tuple[str, ...]
-    """Other names that count as right."""
+    """Other names that count as correct."""
     code: str
     capital: str
     region: str
@@ -59,7 +59,7 @@ class Country:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """A fact that is asked for: how, in which passage it stands, and the answers that count as right."""
+    """A fact to ask for: the question, the passage that has it, and the correct answers."""
 
     name: str
     passage: str

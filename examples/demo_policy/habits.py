@@ -32,12 +32,12 @@ Point = tuple[str, int]
 """A place in an episode where something is decided: its name and the hop it is at."""
 
 Decide = Callable[[Point, dict[str, float]], tuple[str, bool]]
-"""Picks one of the options (name -> probability); tells whether the tokens that follow from it are trained on."""
+"""Picks one of the options (name -> probability); returns it and whether its tokens are trained on."""
 
 
 @dataclass(slots=True)
 class Episode:
-    """Token ids of one scripted episode after the prompt; `weights` are loss weights, `by_model` tells who wrote."""
+    """Token ids of one scripted episode after the prompt, loss weights, and which tokens the model writes."""
 
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)

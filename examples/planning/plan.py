@@ -1,11 +1,11 @@
-"""A round of 170,000 questions with Qwen2.5-3B, on paper: hours by part and searches a second, by number of cards.
+"""Estimates a round of 170,000 questions with Qwen2.5-3B: hours by part and searches a second, by number of cards.
 
 Rollouts are simulated (`simulation.py`): the real scheduler, on passes that take as long as a card
 needs at best to read weights and cache, or for the arithmetic, divided by `--efficiency`. Training is arithmetic alone.
-A step ends with its slowest card. What one process does for all, in the meantime, is the writing down of rollouts.
-**A plan, not a measurement**: the efficiency, the lengths of episodes and what a search takes are assumptions. On your
-card, `searche1-lite bench` and the `summary.json` of a run tell what to put in their place. It leaves out that groups
-which teach nothing leave cards idle in training, evaluation, and what it takes to hold the rollouts of a round.
+A step ends with its slowest card. One process writes all rollouts down (`writing down`).
+**A plan, not a measurement**: the efficiency, the lengths of episodes and the time of a search are assumptions. On your
+card, `searche1-lite bench` and the `summary.json` of a run give real values. The estimate leaves out evaluation, cards
+that idle while groups without an advantage are skipped, and the memory that a round's rollouts need.
 
 python examples/planning/plan.py --efficiency 0.4
 """
@@ -148,23 +148,23 @@ def plan(
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--questions", type=int, default=170_000, help="of a round")
-    asked.add_argument("--efficiency", type=float, default=0.4, help="of what the card could do at best")
-    asked.add_argument("--bandwidth", type=float, default=1008, help="of the card's memory, GB/s")
-    asked.add_argument("--tflops", type=float, default=165, help="of the card, in bf16")
-    asked.add_argument("--slots", type=int, default=80, help="episodes side by side on a card")
-    asked.add_argument("--search-ms", type=float, default=50, help="that a search takes one core")
-    asked.add_argument("--search-threads", type=int, default=4, help="that search for one card")
-    asked.add_argument("--record-ms", type=float, default=4, help="that a rollout takes to be written down")
-    asked.add_argument("--pairs", type=float, default=0.4, help="share of questions that give a pair")
-    asked.add_argument("--network", type=float, default=10, help="between machines, Gbit/s")
-    told = asked.parse_args()
-    card = Card(told.bandwidth * 1e9, told.tflops * 1e12, told.efficiency, told.search_ms / 1e3, told.search_threads)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=int, default=170_000, help="questions of a round")
+    parser.add_argument("--efficiency", type=float, default=0.4, help="fraction of the card's peak that is reached")
+    parser.add_argument("--bandwidth", type=float, default=1008, help="memory bandwidth of the card, GB/s")
+    parser.add_argument("--tflops", type=float, default=165, help="peak of the card in bf16, TFLOP/s")
+    parser.add_argument("--slots", type=int, default=80, help="episodes side by side on a card")
+    parser.add_argument("--search-ms", type=float, default=50, help="milliseconds of one core per search")
+    parser.add_argument("--search-threads", type=int, default=4, help="search threads per card")
+    parser.add_argument("--record-ms", type=float, default=4, help="milliseconds to store a rollout and read it again")
+    parser.add_argument("--pairs", type=float, default=0.4, help="fraction of questions that give a pair")
+    parser.add_argument("--network", type=float, default=10, help="network bandwidth between machines, Gbit/s")
+    args = parser.parse_args()
+    card = Card(args.bandwidth * 1e9, args.tflops * 1e12, args.efficiency, args.search_ms / 1e3, args.search_threads)
     sample = scripts(100, seed=1000)
     written = sum(turn.tokens for s in sample for turn in s.turns) / len(sample)
     print(
-        f"{2 * GROUP * told.questions:,} rollouts of {tokens_of(sample):,.0f} tokens, {written:.0f} of them written\n"
+        f"{2 * GROUP * args.questions:,} rollouts of {tokens_of(sample):,.0f} tokens, {written:.0f} of them written\n"
     )
     heads = (
         *("cards", "questions a step", "updates of GRPO", "rollouts", "training", "exchange", "writing down", "hours"),
@@ -176,17 +176,17 @@ def main() -> None:
         found = plan(
             cards,
             per_step,
-            told.questions,
+            args.questions,
             card,
-            slots=told.slots,
-            pairs=told.pairs,
-            network=told.network * 1e9 / 8,
-            record_seconds=told.record_ms / 1e3,
+            slots=args.slots,
+            pairs=args.pairs,
+            network=args.network * 1e9 / 8,
+            record_seconds=args.record_ms / 1e3,
         )
         parts = (found.rollouts, found.training, found.exchange, found.records)
-        cells = [f"{cards}", f"{per_step:,}", f"{told.questions // per_step:,}", *(f"{p / 3600:.1f} h" for p in parts)]
+        cells = [f"{cards}", f"{per_step:,}", f"{args.questions // per_step:,}", *(f"{p / 3600:.1f} h" for p in parts)]
         cells += [f"{found.seconds / 3600:.1f}", f"{found.searches_per_second:,.0f}"]
-        cells.append(f"{math.ceil(found.searches_per_second * told.search_ms / 1e3):,}")
+        cells.append(f"{math.ceil(found.searches_per_second * args.search_ms / 1e3):,}")
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
