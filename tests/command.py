@@ -84,7 +84,7 @@ class _Server:
 def serve(path: str) -> None:
     import searche1_lite.bench.doctor
     import searche1_lite.cli.main
-    import searche1_lite.evaluate.evaluation
+    import searche1_lite.evaluate.run
     import searche1_lite.serve.export
     import searche1_lite.train.rounds  # noqa: F401
 

@@ -16,7 +16,7 @@ from searche1_lite import UserError, config_for_gpu, evaluate_policy, load_confi
 from searche1_lite.config import Config, SearchConfig, dump_config
 from searche1_lite.data.trajectory import Passage, Question, Search, Trajectory, Turn
 from searche1_lite.rollout.reward import Written, earned, exact_match, written_by_policy
-from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.run_folder import RunFolder
 
 PACKAGE = Path(searche1_lite.__file__).parent
 QUESTIONS = [("Where is Lima?", "Peru"), ("Where is Oslo?", "Norway"), ("Which land has Lima?", "Peru")]

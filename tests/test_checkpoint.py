@@ -17,8 +17,8 @@ from searche1_lite.config import Config, load_config
 from searche1_lite.policy.adapter import load_adapter_weights, save_adapter
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.sealed_folder import SEAL, update_sealed, write_atomically, write_sealed
-from searche1_lite.train import checkpoint
-from searche1_lite.train.checkpoint import RunFolder, check_adapter_folder
+from searche1_lite.train import run_folder as checkpoint
+from searche1_lite.train.run_folder import RunFolder, check_adapter_folder
 from searche1_lite.train.schedule import best_stage
 
 

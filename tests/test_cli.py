@@ -222,7 +222,7 @@ def test_an_empty_question_is_refused_in_one_line(desk: Path, question: str) -> 
 
 def test_a_folder_with_another_run_is_refused_in_one_line(desk: Path) -> None:
     # A run is told by its settings; another command writes them here as `train` does.
-    write_run = "from pathlib import Path; from searche1_lite.train.checkpoint import RunFolder\n"
+    write_run = "from pathlib import Path; from searche1_lite.train.run_folder import RunFolder\n"
     write_run += (
         "from searche1_lite.config import load_config; RunFolder(Path('runs/demo'), load_config('demo'), False).start()"
     )

@@ -13,10 +13,10 @@ from searche1_lite.data.questions import load_questions
 from searche1_lite.data.trajectory import Passage, Question, Search, Trajectory, Turn
 from searche1_lite.rollout.scheduler import Sampling
 from searche1_lite.runtime.progress import SILENT
-from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.collapse import CollapseWatch, repetition, signs, step_figures, window_means
 from searche1_lite.train.grpo import train_grpo
 from searche1_lite.train.rounds import run_training
+from searche1_lite.train.run_folder import RunFolder
 from searche1_lite.train.session import Session
 from searche1_lite.train.stage_trainer import StageTraining
 

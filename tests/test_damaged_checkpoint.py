@@ -18,9 +18,9 @@ from searche1_lite.config import Config
 from searche1_lite.policy.adapter import load_adapter_weights
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.sealed_folder import read_sealed, write_sealed
-from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.run_folder import RunFolder
+from searche1_lite.train.stage_checkpoint import ResumableTrainer, StageKeeper, saving_arguments, train
 from searche1_lite.train.stage_trainer import StepReporter
-from searche1_lite.train.training_state import ResumableTrainer, StageKeeper, saving_arguments, train
 
 STAGE_FILES = {"adapter_model.safetensors", "adapter_config.json", "state.json"}
 STEP_FILES = STAGE_FILES | {

@@ -13,7 +13,7 @@ from peft import PeftModel
 from test_checkpoint import summary_of
 
 from searche1_lite.config import Config, load_config
-from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.run_folder import RunFolder
 
 FULL = "no space left on the disk"
 

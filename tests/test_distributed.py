@@ -23,10 +23,10 @@ from searche1_lite.config import load_config
 from searche1_lite.runtime.console import RichTasks
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.ranks import share
-from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.processes import check_share
 from searche1_lite.train.rounds import run_training
-from searche1_lite.train.training_state import StageKeeper
+from searche1_lite.train.run_folder import RunFolder
+from searche1_lite.train.stage_checkpoint import StageKeeper
 
 SETTINGS = [
     "rounds=1",

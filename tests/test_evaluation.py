@@ -19,8 +19,8 @@ from searche1_lite.config import Config, load_config
 from searche1_lite.data.question_files import PUBLIC_SETS
 from searche1_lite.data.questions import SEVEN_SETS, load_questions, order_by_data_set
 from searche1_lite.data.trajectory import Question, Trajectory
-from searche1_lite.evaluate.evaluation import BATCHES_AT_ONCE, run_evaluation
-from searche1_lite.evaluate.evaluation_folder import EvaluationFolder, describe
+from searche1_lite.evaluate.run import BATCHES_AT_ONCE, run_evaluation
+from searche1_lite.evaluate.saved import EvaluationFolder, describe
 from searche1_lite.rollout.metrics import evaluate
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.progress import SILENT

@@ -40,8 +40,8 @@ from searche1_lite.serve.export import (
     summary_without_folders,
     without_folders,
 )
-from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.rounds import run_training
+from searche1_lite.train.run_folder import RunFolder
 from searche1_lite.train.session import Session
 
 SETTINGS = [

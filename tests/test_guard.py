@@ -23,12 +23,12 @@ from searche1_lite.rollout import scheduler as rollout_module
 from searche1_lite.rollout.protocol import Protocol
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.progress import SILENT
-from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.grpo import RolloutGRPOTrainer, train_grpo
 from searche1_lite.train.ofsd import train_ofsd
 from searche1_lite.train.rounds import run_training
+from searche1_lite.train.run_folder import RunFolder
+from searche1_lite.train.stage_checkpoint import Resumed, StageKeeper
 from searche1_lite.train.stage_trainer import StageTraining
-from searche1_lite.train.training_state import Resumed, StageKeeper
 from searche1_lite.train.update_guard import UpdateGuard
 
 Policy = tuple[PeftModel, PreTrainedTokenizerBase]

@@ -25,7 +25,7 @@ from searche1_lite.rollout.samples import choose_samples, is_due, sample_table
 from searche1_lite.runtime.console import RichTasks
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.terminal import one_line
-from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.run_folder import RunFolder
 from searche1_lite.train.tracking import (
     Tracked,
     _closing,

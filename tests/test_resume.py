@@ -23,8 +23,8 @@ from searche1_lite.rollout.reward import Written, exact_match
 from searche1_lite.runtime.console import RichTasks
 from searche1_lite.runtime.interrupt import Interrupted, Stop
 from searche1_lite.train import session as loaded_run
-from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.rounds import run_training
+from searche1_lite.train.run_folder import RunFolder
 
 SETTINGS = [
     "rounds=1",

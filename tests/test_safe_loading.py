@@ -28,7 +28,7 @@ from searche1_lite.runtime.yaml_file import parse_yaml, read_yaml
 from searche1_lite.search.bm25 import BM25Retriever
 from searche1_lite.search.download import unpack
 from searche1_lite.search.store import JsonlStore
-from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.run_folder import RunFolder
 
 PICKLES = (
     "adapter_model.bin",

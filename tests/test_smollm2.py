@@ -22,11 +22,11 @@ from searche1_lite.rollout.reward import exact_match
 from searche1_lite.rollout.scheduler import Sampling
 from searche1_lite.runtime.console import RichTasks
 from searche1_lite.serve.ask import Asker
-from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.diagnostics import watch
 from searche1_lite.train.ofsd import train_ofsd
 from searche1_lite.train.pairs import Pair
 from searche1_lite.train.rounds import run_training
+from searche1_lite.train.run_folder import RunFolder
 from searche1_lite.train.session import Session
 from searche1_lite.train.stage_trainer import StageTraining
 

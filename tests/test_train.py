@@ -18,8 +18,8 @@ from searche1_lite.config import load_config
 from searche1_lite.report.trajectories import read_trajectories
 from searche1_lite.runtime.console import RichTasks
 from searche1_lite.runtime.errors import UserError
-from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.rounds import run_training
+from searche1_lite.train.run_folder import RunFolder
 
 SETTINGS = [
     "grpo.steps=2",

@@ -9,8 +9,8 @@ from typing import Any
 
 from searche1_lite.config import load_config
 from searche1_lite.search.index import cache_folder
-from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.rounds import run_training
+from searche1_lite.train.run_folder import RunFolder
 
 
 class TaskTimer:

@@ -113,8 +113,8 @@ def train_policy(
         `stages`, each stage with its `name`, `em`, `em_ci95`, `searches_per_question`, `seconds` and more.
     """
     from searche1_lite.data.questions import load_run_questions
-    from searche1_lite.train.checkpoint import RunFolder
     from searche1_lite.train.processes import join
+    from searche1_lite.train.run_folder import RunFolder
     from searche1_lite.train.tracking import check_trackers
 
     check_trackers(config.logging)
@@ -175,7 +175,7 @@ def evaluate_policy(
     questions = order_by_data_set(questions)
     folder = None
     if out is not None:
-        from searche1_lite.evaluate.evaluation_folder import EvaluationFolder, describe
+        from searche1_lite.evaluate.saved import EvaluationFolder, describe
 
         asked = describe(chosen, adapter, name, questions) | {"retriever": retriever and retriever.name}
         folder = EvaluationFolder(Path(out), config, asked, questions, resume)
@@ -186,7 +186,7 @@ def evaluate_policy(
     retriever = retriever_for(chosen) or retriever or interaction.open_retriever(config)
     if interaction.quiet:
         quieten()
-    from searche1_lite.evaluate.evaluation import run_evaluation
+    from searche1_lite.evaluate.run import run_evaluation
     from searche1_lite.search.base import fingerprint_of
     from searche1_lite.train.session import Session
 
@@ -338,7 +338,7 @@ def run_sweep(
 def _checked_adapter(adapter: Path | str | None) -> Path | None:
     if adapter is None:
         return None
-    from searche1_lite.train.checkpoint import check_adapter_folder
+    from searche1_lite.train.run_folder import check_adapter_folder
 
     check_adapter_folder(Path(adapter))
     return Path(adapter)

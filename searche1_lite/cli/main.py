@@ -160,7 +160,7 @@ def ask(
     settings, _ = _settings(preset, config, overrides)
     from searche1_lite.cli import api
     from searche1_lite.rollout.protocol import check_question
-    from searche1_lite.train.checkpoint import check_adapter_folder
+    from searche1_lite.train.run_folder import check_adapter_folder
 
     session = question is None and sys.stdin.isatty()
     if question is not None:

@@ -22,7 +22,7 @@ from searche1_lite.runtime.hub import check_upload, download_folder, upload_fold
 from searche1_lite.runtime.progress import say_on_stderr
 from searche1_lite.runtime.quiet import quieten
 from searche1_lite.runtime.sealed_folder import sync
-from searche1_lite.train.checkpoint import check_adapter_folder
+from searche1_lite.train.run_folder import check_adapter_folder
 from searche1_lite.train.schedule import next_stage
 
 if TYPE_CHECKING:

@@ -41,9 +41,9 @@ from searche1_lite.runtime.ranks import (
 from searche1_lite.runtime.seeds import derive_seed
 from searche1_lite.train.collapse import CollapseWatch, step_figures
 from searche1_lite.train.session import gather_trajectories
+from searche1_lite.train.stage_checkpoint import ResumableTrainer, train
 from searche1_lite.train.stage_trainer import StageTraining, StepReporter, drop_printer, rows_of, trainer_arguments
 from searche1_lite.train.tracking import reporting
-from searche1_lite.train.training_state import ResumableTrainer, train
 from searche1_lite.train.update_guard import UpdateGuard, finite_or_none
 
 REFERENCE = "ref"

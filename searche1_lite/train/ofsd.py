@@ -39,9 +39,9 @@ from searche1_lite.runtime.ranks import (
 )
 from searche1_lite.runtime.seeds import derive_seed
 from searche1_lite.train.pairs import Pair, teacher_prompts
+from searche1_lite.train.stage_checkpoint import ResumableTrainer, train
 from searche1_lite.train.stage_trainer import StageTraining, StepReporter, drop_printer, rows_of, trainer_arguments
 from searche1_lite.train.tracking import reporting
-from searche1_lite.train.training_state import ResumableTrainer, train
 from searche1_lite.train.update_guard import UpdateGuard
 
 TEACHER = "teacher"

@@ -31,13 +31,13 @@ from searche1_lite.runtime.ranks import (
 )
 from searche1_lite.runtime.seeds import derive_seed
 from searche1_lite.search.base import Retriever
-from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.diagnostics import compare_teacher, watch
 from searche1_lite.train.grpo import train_grpo
 from searche1_lite.train.ofsd import ofsd_steps, train_ofsd
 from searche1_lite.train.pairs import Pairs, select_pairs
 from searche1_lite.train.processes import join
 from searche1_lite.train.run import Rollouts, Run, StageResult
+from searche1_lite.train.run_folder import RunFolder
 from searche1_lite.train.schedule import Stage
 from searche1_lite.train.session import Session
 from searche1_lite.train.tracking import check_trackers

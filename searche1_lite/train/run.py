@@ -22,13 +22,13 @@ from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.progress import say_on_stderr
 from searche1_lite.runtime.ranks import from_first, gather, world_size
 from searche1_lite.search.base import fingerprint_of
-from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.peak_memory import peak_memory_mb, reset_peak_memory
+from searche1_lite.train.run_folder import RunFolder
 from searche1_lite.train.schedule import Stage, best_stage, next_stage
 from searche1_lite.train.session import Session
+from searche1_lite.train.stage_checkpoint import Resumed, StageKeeper
 from searche1_lite.train.stage_trainer import StageTraining
 from searche1_lite.train.tracking import Tracked, report_evaluations
-from searche1_lite.train.training_state import Resumed, StageKeeper
 
 EPISODES_AT_ONCE = 16
 """Times `engine.batch_size` episodes are played between two saves: the most that an interruption can cost. Fewer and

@@ -14,8 +14,8 @@ from searche1_lite.config import Config
 from searche1_lite.policy.model import compute_dtype
 from searche1_lite.runtime.interrupt import Stop
 from searche1_lite.runtime.ranks import from_first
+from searche1_lite.train.stage_checkpoint import StageKeeper, saving_arguments
 from searche1_lite.train.tracking import Tracked, figures_of, reporting_arguments
-from searche1_lite.train.training_state import StageKeeper, saving_arguments
 
 OnStep = Callable[[dict[str, Any]], None]
 

@@ -23,8 +23,8 @@ from test_resume import SETTINGS, results
 from searche1_lite.config import Config, load_config
 from searche1_lite.runtime.console import RichTasks
 from searche1_lite.runtime.quiet import quieten
-from searche1_lite.train.checkpoint import RunFolder
 from searche1_lite.train.rounds import run_training
+from searche1_lite.train.run_folder import RunFolder
 
 
 def live(path: Path, config: Config, errors: Path) -> int:

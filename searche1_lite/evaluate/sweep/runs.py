@@ -25,7 +25,7 @@ from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.interrupt import Stop
 from searche1_lite.runtime.jsonl import read_json
 from searche1_lite.runtime.sealed_folder import write_atomically
-from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.run_folder import RunFolder
 from searche1_lite.train.schedule import next_stage
 
 _LOOK_AGAIN_S = 2.0

@@ -9,7 +9,7 @@ from typing import Any
 from searche1_lite.data.questions import data_set_of
 from searche1_lite.data.trajectory import Question, Trajectory
 from searche1_lite.evaluate.baselines import Method, ask_by, check_questions
-from searche1_lite.evaluate.evaluation_folder import EvaluationFolder
+from searche1_lite.evaluate.saved import EvaluationFolder
 from searche1_lite.rollout.metrics import Outcome, outcome, summarize
 from searche1_lite.rollout.scheduler import Sampling
 from searche1_lite.runtime.errors import UserError

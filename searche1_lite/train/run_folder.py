@@ -34,7 +34,7 @@ from searche1_lite.runtime.sealed_folder import (
     write_atomically,
     write_sealed,
 )
-from searche1_lite.train.run_state import misfit
+from searche1_lite.train.checkpoint_schema import misfit
 from searche1_lite.train.schedule import best_stage
 
 if TYPE_CHECKING:

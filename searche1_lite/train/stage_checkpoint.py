@@ -30,7 +30,7 @@ from searche1_lite.policy.adapter import load_adapter_weights, save_adapter
 from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.interrupt import Interrupted
 from searche1_lite.runtime.ranks import detect_lost_process
-from searche1_lite.train.checkpoint import RunFolder
+from searche1_lite.train.run_folder import RunFolder
 
 Resumed = tuple[Path, dict[str, Any]]
 """A checkpoint within a stage, and what it says about the stage."""
