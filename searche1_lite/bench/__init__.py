@@ -29,7 +29,7 @@ def run_bench(
     Args:
         config: settings whose stages' memory is measured; the other parts have workloads of their own.
         cap_gb: on a GPU, the most memory that each process of the memory part may allocate, in 10^9 bytes.
-        on_part: told the name of each measurement as it begins.
+        on_part: receives the name of each measurement as it begins.
         parts: of `PARTS`; default: all, or with a config `memory` alone.
         quick: smaller workloads and one repeat: a minute instead of several, and rougher figures.
 

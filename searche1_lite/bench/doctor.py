@@ -146,7 +146,7 @@ def _disk(config: Config) -> tuple[str, str]:
     from searche1_lite.search.prebuilt import pyserini_cache
 
     needed = {Path(HF_HUB_CACHE): 0, pyserini_cache(): 0, cache_folder(): 0, Path("runs"): GIB // 2}
-    with suppress(UserError):  # a model that is not to be had is told of by the memory plan
+    with suppress(UserError):  # the memory plan reports a missing model
         source = resolve_model(config.model.name)
         if not Path(source).is_dir() and not isinstance(try_to_load_from_cache(source, "config.json"), str):
             from searche1_lite.policy.memory import parameter_count

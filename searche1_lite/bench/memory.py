@@ -31,7 +31,7 @@ def measure_memory(
             steps. None: the standard workload, one trajectory of 4,096 tokens and a vocabulary of 151,936 through a
             small model on a CPU and through one of Qwen2.5-3B's shape on a GPU, beside dense steps.
         cap_gb: on a GPU, the most memory that each process may allocate, in 10^9 bytes.
-        on_part: told the name of each measurement as it begins.
+        on_part: receives the name of each measurement as it begins.
         quick: a standard workload of 1,024 tokens.
 
     Returns:

@@ -228,7 +228,7 @@ def measure_rollouts(quick: bool = False, on_part: OnPart = lambda name: None) -
 
 
 def if_it_fits(what: str, work: Callable[[], Result]) -> Result | None:
-    """What `work` gives; None, and the user is told, where the GPU's memory does not suffice."""
+    """What `work` gives; None, with a notice, where the GPU's memory does not suffice."""
     try:
         return work()
     except RuntimeError as error:
@@ -367,11 +367,11 @@ def _speed(seconds: Sequence[float], played: Sequence[Trajectory]) -> dict[str, 
 
 def same_tokens(*loops: Sequence[Trajectory]) -> float:
     """The share of trajectories that all loops wrote alike, token by token, the environment's included."""
-    told = [
+    same = [
         len({(*one.prompt_ids, -1, *one.completion_ids, -1, *one.loss_mask) for one in alike}) == 1
         for alike in zip(*loops, strict=True)
     ]
-    return sum(told) / len(told)
+    return sum(same) / len(same)
 
 
 def shares(times: RolloutTimes) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class EvaluationFolder:
 
 
 def describe(method: str, adapter: Path | None, data: str, questions: Sequence[Question]) -> dict[str, Any]:
-    """What an evaluation asks beside its settings; an adapter and questions are told by their content too."""
+    """What an evaluation asks beside its settings; adapter and questions are identified by content too."""
     content = [[q.id, q.question, q.golden_answers] for q in questions]
     return {
         "method": method,

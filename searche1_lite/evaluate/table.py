@@ -45,8 +45,8 @@ def evaluation_parts(result: dict[str, Any]) -> list[Table | str]:
         parts.append("one search a question was made for the policy; the table counts its own, and recall both")
     for name, figures in rows.items():
         if by_hops := figures.get("em_by_hops"):
-            told = ", ".join(f"{_shown(hops)}: {em:.3f}" for hops, em in by_hops.items())
-            parts.append(f"EM by hops, {_shown(name)}: {told}")
+            by_hop = ", ".join(f"{_shown(hops)}: {em:.3f}" for hops, em in by_hops.items())
+            parts.append(f"EM by hops, {_shown(name)}: {by_hop}")
     if failed := result.get("failed_searches"):
         parts.append(f"{failed} {'search' if failed == 1 else 'searches'} failed and found nothing for it")
     spent = f"{result['tokens_per_answer']:.0f} tokens and {result['seconds_per_question']:.2f} s a question"
@@ -78,10 +78,10 @@ def _interval(ends: list[float]) -> str:
 def _misses(misses: dict[str, int]) -> str:
     if not (total := sum(misses.values())):
         return "no wrong answer"
-    told = {
+    causes = {
         "search": "no passage held the answer",
         "reasoning": "a passage held it",
         "no_search": "nothing was looked up",
         "undecided": "yes or no, so it cannot be told",
     }
-    return f"{total} wrong: " + ", ".join(f"{misses[key]} where {what}" for key, what in told.items() if misses[key])
+    return f"{total} wrong: " + ", ".join(f"{misses[key]} where {what}" for key, what in causes.items() if misses[key])

@@ -76,7 +76,7 @@ def pick_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Next tokens and, on request, their log-probs, both (B,).
 
-    Logits that are no numbers are told by their log-probs, which are none either; without log-probs, by the token -1.
+    Non-finite logits show in their log-probs, which are not finite either; without log-probs, by the token -1.
 
     Args:
         logits: (B, V).

@@ -1,4 +1,4 @@
-"""How much memory a configuration will need, told before anything is loaded.
+"""How much memory a configuration will need, before anything is loaded.
 
 The real passes (reading and writing, the GRPO step, the OFSD step) are run on fake tensors, which have shapes
 and no storage, through the real model code with its LoRA adapter, while every storage that would be alive is counted.

@@ -60,7 +60,7 @@ class Limit:
     ) -> Result:
         """What `attempt` gives at the first value for which the memory suffices, beginning with the present one.
 
-        The user is told, once for each value that is kept.
+        Each value that is kept is reported once.
 
         Args:
             attempt: does the work from its beginning; called again, it must not mind an earlier call that broke off.

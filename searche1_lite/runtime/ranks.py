@@ -103,9 +103,9 @@ def check_same(settings: dict[str, Any]) -> None:
     Raises:
         UserError: names the first thing in which one differs from the first process.
     """
-    told = gather([settings])
-    for place, theirs in enumerate(told):
-        for name, value in told[0].items():
+    given = gather([settings])
+    for place, theirs in enumerate(given):
+        for name, value in given[0].items():
             if theirs.get(name) != value:
                 raise error_once(
                     f"the processes were not given the same: {name} is {value!r} in the first and {theirs.get(name)!r} "
@@ -244,7 +244,7 @@ def fail_together(stop: Stop | None = None) -> Iterator[None]:
     One that has failed or is to stop would otherwise leave the others waiting for it.
 
     Raises:
-        Interrupted: in all of them, if any was told to stop.
+        Interrupted: in all of them, if any was asked to stop.
         UserError: in all of them, if any has failed.
     """
     if world_size() == 1:

@@ -50,8 +50,8 @@ class Retriever(Protocol):
 
 def fingerprint_of(retriever: Retriever) -> str | None:
     """Tells whether the passages that it searches are the same; None where nobody can say, as of a server's."""
-    told = getattr(retriever, "fingerprint", None)
-    return told if isinstance(told, str) else None
+    fingerprint = getattr(retriever, "fingerprint", None)
+    return fingerprint if isinstance(fingerprint, str) else None
 
 
 def search_each(retriever: Retriever, queries: Sequence[str], k: int) -> list[list[Passage]]:

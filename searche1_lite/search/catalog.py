@@ -37,8 +37,8 @@ def open_retriever(
     """The configured search engine; its index is built or fetched first if need be.
 
     Args:
-        confirm: told what a download would take; whether to go on.
-        say: told in a line what the user should know.
+        confirm: receives the size of a download; returns whether to go on.
+        say: receives notices for the user.
 
     Raises:
         UserError: if nothing is configured, or what is configured is not there and cannot be built or fetched.

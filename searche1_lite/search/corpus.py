@@ -65,7 +65,7 @@ def read_passages(corpus: Path, words: int, on_bytes: Callable[[int], None]) -> 
 
     Args:
         words: about how many a passage has, where `corpus` is a folder of text files.
-        on_bytes: told how many more bytes were read.
+        on_bytes: receives the number of further bytes read.
 
     Raises:
         UserError: for a gzip file that is cut short or damaged.

@@ -40,7 +40,7 @@ def folder_passages(
     The title is the file's first heading if it is Markdown, else its name. Bytes that are no UTF-8 are replaced.
 
     Args:
-        on_file: told each file's relative path and content before its passages come.
+        on_file: receives each file's relative path and content before its passages come.
     """
     for path in text_files(folder):
         data = path.read_bytes()

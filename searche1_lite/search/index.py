@@ -33,13 +33,13 @@ _BATCH_CHARACTERS = 8_000_000
 def index_fingerprint(index: Path) -> str:
     """Tells whether an index holds the same passages: by its corpus if it was built here, else by its last commit."""
     try:
-        told = read_json(index / METADATA_FILE, "build it again").get("sha256")
+        digest = read_json(index / METADATA_FILE, "build it again").get("sha256")
     except UserError:
-        told = None
-    if not isinstance(told, str):
+        digest = None
+    if not isinstance(digest, str):
         commits = sorted(index.glob("segments_*"))  # each has an id that Lucene draws
-        told = hashlib.sha256(b"".join(path.read_bytes() for path in commits)).hexdigest()
-    return told[:24]
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in commits)).hexdigest()
+    return digest[:24]
 
 
 def cache_folder() -> Path:
@@ -65,7 +65,7 @@ def build_index(
 
     Args:
         corpus: JSONL, JSONL.gz, or a folder of text files, cut into passages of about `words` words.
-        say: told in a line what the user should know, such as the faulty lines that are left out.
+        say: receives notices for the user, such as the faulty lines that are left out.
         commit_every: passages between two commits.
 
     Returns:

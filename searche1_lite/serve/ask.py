@@ -1,4 +1,4 @@
-"""One question, one answer: told as it comes about, with the searches that led to it and the passages that hold it."""
+"""One question, one answer, reported as it develops, with the searches that led to it and the passages that hold it."""
 
 import math
 import threading
@@ -90,7 +90,7 @@ class Answer:
     error: str | None = None
     """Why it was refused."""
     events: list[Event] = field(default_factory=list)
-    """All that was told, in order, if someone listened; what was written at a stretch is one event."""
+    """All events, in order, if there was a listener; what was written at a stretch is one event."""
 
     @property
     def answered(self) -> bool:
@@ -163,7 +163,7 @@ class Asker:
         """Answers one question.
 
         Args:
-            on_event: told what happens as it happens. What it raises stops the answer and is passed on; the next
+            on_event: receives each event. What it raises stops the answer and is passed on; the next
                 question finds everything as it was.
             bare: without the adapter.
             check: called between tokens and while a search is waited for; what it raises stops the answer too.

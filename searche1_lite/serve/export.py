@@ -71,7 +71,7 @@ def export_policy(
         push: also uploads the folder to the hub, as this repository (`owner/name`).
         public: whether that repository, if it is not there yet, is made for everyone to see.
         quiet: keep libraries' notices off the terminal, see `quieten`.
-        say: told in a line what the user should know.
+        say: receives notices for the user.
 
     Returns:
         `{"folder", "kind", "base", "revision", "stage", "em", "files", "bytes", "address"}`: `kind` is `adapter` or

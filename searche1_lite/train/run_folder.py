@@ -149,7 +149,7 @@ class RunFolder:
     def rewind(self, size: int) -> None:
         """Cuts `metrics.jsonl` to `size` bytes: what it tells of later steps is about to be done again.
 
-        The user is told if there are fewer.
+        Reports if there are fewer.
         """
         _rewind(self.path / "metrics.jsonl", size)
 
@@ -329,7 +329,7 @@ class RunFolder:
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
         """The whole checkpoint that is furthest in the run, and its state; None in a fresh folder.
 
-        The user is told of those that are damaged.
+        Damaged ones are reported.
 
         Raises:
             UserError: if there are only damaged ones.

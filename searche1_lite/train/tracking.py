@@ -3,7 +3,7 @@
 Each stage has a Trainer of its own, so each is a run of its own there: `RUN/tensorboard/round1.grpo`, or the run
 `NAME-ID/round1.grpo` of a project, NAME being the run's folder and ID its mark in the file `tracking-id`. The
 evaluations are one more run, `evaluation`, whose steps are the stages. A stage that is done again after an interruption
-takes the place of what it had told before.
+replaces its earlier figures.
 
 What it leaves out: trackio's runs on a Space are not replaced, only local ones; models and tables are not uploaded.
 """
@@ -85,7 +85,7 @@ class Tracked:
 
     @contextmanager
     def opened(self) -> "Iterator[SummaryWriter | None]":
-        """Takes back what an earlier try at this stage told, and opens what the Trainer's callbacks do not open well.
+        """Removes what an earlier attempt at this stage reported, and opens what the Trainer's callbacks would not.
 
         Yields:
             TensorBoard's writer, if it is asked for.
@@ -155,7 +155,7 @@ def _closing(opened: AbstractContextManager[Any]) -> Iterator[Any]:
     try:
         yield value
     except BaseException:
-        with suppress(Exception):  # what happened first is what is told
+        with suppress(Exception):  # the first error is reported
             opened.__exit__(*sys.exc_info())
         raise
     try:
@@ -233,7 +233,7 @@ def report_evaluations(config: Config, folder: Path, stages: Sequence[dict[str, 
         return
     try:
         _report_points(tracked, [{f"eval/{name}": value for name, value in figures_of(s).items()} for s in stages])
-    except Exception as error:  # the run matters more; they are told again with the next evaluation
+    except Exception as error:  # the run matters more; they are reported again with the next evaluation
         _say_lost(error)
 
 

@@ -39,7 +39,7 @@ def run_sweep(plan: Plan, folder: Path, jobs: int, say: Callable[[str], None], r
     Args:
         folder: holds `runs/VARIANT/seed-N/` (a run's folder each), `sweep.json`, and `shared/`, the shared answers.
         jobs: runs at the same time.
-        say: told a line about each run.
+        say: receives a line about each run.
         resume: go on with the sweep that is there. It may have more seeds or variants by now; failed runs are tried
             again.
 
@@ -272,9 +272,9 @@ class _Sweep:
         ended = sum(state in ("done", "failed") for state in self._state.values())
         row = next(row for row in result["variants"] if row["name"] == planned.variant)
         em = next(run["em"] for run in row["runs"] if run["seed"] == planned.seed)
-        told = f"EM {em:.3f}" if error is None else f"failed: {self._errors[index]}"
+        outcome = f"EM {em:.3f}" if error is None else f"failed: {self._errors[index]}"
         seconds = time.monotonic() - self._began[index]
-        self._say(f"[{ended}/{len(self._state)}] {planned}: {told}, in {seconds:.0f} s")
+        self._say(f"[{ended}/{len(self._state)}] {planned}: {outcome}, in {seconds:.0f} s")
 
     def interrupt(self, planned: PlannedRun) -> None:
         """Nobody is at this run any more; it can be gone on with."""
