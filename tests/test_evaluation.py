@@ -157,7 +157,7 @@ def test_an_interruption_costs_no_more_than_what_was_answered_at_once(
 ENDED = """
 import os, signal, sys
 from searche1_lite.cli import main as cli
-from searche1_lite.cli import tables as console
+from searche1_lite.runtime import console
 class Ended(console.RichTasks):
     answered = 0
     def task(self, name, total):

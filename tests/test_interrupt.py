@@ -2,6 +2,8 @@
 
 import pickle
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -19,13 +21,30 @@ def test_a_signal_is_noted_and_obeyed_when_it_is_asked_for() -> None:
     assert caught.value.exit_code == 143
 
 
+@contextmanager
+def hangup(handler: signal.Handlers) -> Iterator[None]:
+    """SIGHUP handled so; `nohup` ignores it for the tests too."""
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("second", [signal.SIGHUP, signal.SIGTERM])
 def test_two_signals_at_once_as_of_a_closed_terminal_are_one(second: signal.Signals) -> None:
     stop = Stop()
-    with stop.listening():
+    with hangup(signal.SIG_DFL), stop.listening():
         signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(second)
     assert stop.signum == signal.SIGHUP
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored() -> None:
+    stop = Stop()
+    with hangup(signal.SIG_IGN), stop.listening():
+        signal.raise_signal(signal.SIGHUP)
+    assert stop.signum is None
 
 
 def test_a_later_signal_ends_the_work_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
