@@ -128,6 +128,8 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["cwd"])
+        sys.stdin = os.fdopen(0, closefd=False)
+        sys.stdout, sys.stderr = (os.fdopen(target, "w", closefd=False) for target in (1, 2))
         sys.argv = ["searche1-lite", *request["words"]]
         from searche1_lite.cli.main import main
 

@@ -323,7 +323,7 @@ def test_compare_gives_both_answers(adapter: Path, tmp_path: Path) -> None:
             "'wrote' is neither a setting nor part of the question; put the question in quotes",
         ),
         (["serach.k=3"], 2, "unknown config key serach; did you mean search?"),
-        (["Who?", "--compare"], 2, "--compare holds an adapter beside the base; name one with --adapter"),
+        (["Who?", "--compare"], 2, "--compare shows an adapter beside the base; name one with --adapter"),
         (["--show-trace"], 2, "--show-trace is for one question; give it"),
         (["x" * 100_000], 2, "the question has 100,000 characters; with protocol.max_prompt_tokens=128 at most 2,048"),
         (["Who?", "search.index=missing/folder"], 2, "no Lucene index at missing/folder"),

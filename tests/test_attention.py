@@ -8,13 +8,13 @@ import torch
 from conftest import fresh_policy
 from torch.nn import functional as F
 
-from searche1_lite.bench.doctor import model_shape, tell_of_missing_bf16
 from searche1_lite.config import load_config
 from searche1_lite.policy.attention import EXPANDED, expand_keys
+from searche1_lite.policy.capacity import model_shape
 from searche1_lite.policy.engine import Decoder
 from searche1_lite.policy.losses import hidden_states
 from searche1_lite.policy.memory import _grpo_pass, _peak
-from searche1_lite.policy.model import lacks_bf16
+from searche1_lite.policy.model import lacks_bf16, tell_of_missing_bf16
 
 Calls = list[tuple[int, int, dict[str, Any]]]
 

@@ -20,7 +20,7 @@ from searche1_lite.runtime.errors import UserError
 from searche1_lite.runtime.sealed_folder import read_sealed, write_sealed
 from searche1_lite.train.run_folder import RunFolder
 from searche1_lite.train.stage_checkpoint import ResumableTrainer, StageKeeper, saving_arguments, train
-from searche1_lite.train.stage_trainer import StepReporter
+from searche1_lite.train.stage_trainer import StageTraining, StepReporter
 
 STAGE_FILES = {"adapter_model.safetensors", "adapter_config.json", "state.json"}
 STEP_FILES = STAGE_FILES | {
@@ -38,7 +38,7 @@ STEP_FILES = STAGE_FILES | {
 
 def trained_by(model: PeftModel, keeper: StageKeeper, place: Path) -> ResumableTrainer:
     """A trainer of three small steps."""
-    reporter = StepReporter(lambda logs: {}, lambda record: None, None, None, keeper)
+    reporter = StepReporter(lambda logs: {}, StageTraining(Config(), 1, place, lambda record: None, keeper=keeper))
     arguments = TrainingArguments(
         output_dir=str(place),
         max_steps=3,

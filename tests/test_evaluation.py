@@ -255,8 +255,7 @@ finally:
         (["--out", "notes"], "notes is not empty and holds no evaluation; choose another --out"),
         (["--out", "notes", "--resume"], "notes is not empty and holds no evaluation; choose another --out"),
         (["--out", "own.jsonl"], "cannot write to own.jsonl: own.jsonl is a file; choose another --out"),
-        (["--resume"], "--resume goes on with what is in a folder; name it with --out"),
-        (["--method", "guess"], "--method guess is unknown; there are: agent, rag, no-search"),
+        (["--resume"], "--resume continues what is in a folder; name it with --out"),
     ],
 )
 def test_what_does_not_fit_the_folder_is_refused_in_one_line(desk: Path, words: list[str], message: str) -> None:

@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, PretrainedConfig, Qwen2Config
 from trl.kernels import chunked_divergence, chunked_logprob
 
-from searche1_lite.bench.doctor import _KNOWN_SHAPES, CUDA_RESERVE, GIB, model_shape
 from searche1_lite.config import DEFAULT_PRESETS, Config, ModelConfig, load_config
 from searche1_lite.policy import memory
+from searche1_lite.policy.capacity import _KNOWN_SHAPES, CUDA_RESERVE, GIB, model_shape
 from searche1_lite.policy.memory import (
     MemoryPlan,
     StorageCounter,
