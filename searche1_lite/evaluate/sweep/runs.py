@@ -133,8 +133,13 @@ def check_room(plan: Plan, jobs: int) -> None:
 
 
 def _worker(jobs: int) -> ProcessPoolExecutor:
-    """One process that takes one run after another: libraries and Java are loaded once."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _prepare, (jobs,))
+    """One process that takes one run after another, so that Java is loaded once.
+
+    It is forked from a server that has imported the training modules and nothing else: no CUDA, no Java, no threads.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["searche1_lite.train.rounds"])
+    return ProcessPoolExecutor(1, context, _prepare, (jobs,))
 
 
 def _prepare(jobs: int) -> None:
