@@ -1,15 +1,13 @@
-"""Several processes that train one policy together, a GPU each: `accelerate launch -m searche1_lite train ...`.
+"""Several processes that train one policy, a GPU each: `accelerate launch -m searche1_lite train ...`.
 
-The launcher starts them and tells each its place; accelerate and PyTorch carry what they say to each other. Every
-process holds the whole policy and goes through the same code in the same order:
+Every process holds the whole policy and runs the same code in the same order:
 
-    rollouts     each plays its share of the questions; what was played is gathered, so that all know all of it
-    training     TRL gives each its share of a step's questions or pairs; the gradients are averaged once a step
-    the folder   the first process reads and writes it, and tells the others what it read (`SharedFolder`)
-    decisions    what could come out differently is decided once, or agreed upon: when to stop, what has failed
+    rollouts     each process plays its share of the questions; the trajectories are gathered by all
+    training     TRL gives each its share of a step's questions or pairs; gradients are averaged once a step
+    the folder   the first process reads and writes it, and broadcasts what it read (`on_first_process`)
+    decisions    stopping and failing are agreed on, clocks are read by the first process
 
-With one process each of these functions does nothing, or gives back what it was given. What it leaves out: sharding the
-policy itself, whose 4-bit base fits one GPU.
+With one process these functions do nothing. The policy itself is not sharded: its 4-bit base fits one GPU.
 """
 
 import json
@@ -33,76 +31,66 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 PATIENCE = timedelta(hours=4)
-"""How long one process waits for the others, while they fetch an index for instance. One that dies is noticed at once;
-this ends what hangs."""
+"""How long a process waits for the others, such as for a download; a dead one is noticed at once."""
 
 REPORTER_TIME_S = 30.0
-"""How long a process that has nothing to tell of an error stays, for the one that has; the launcher ends it sooner."""
+"""How long a process without an error message waits for the one that has it; the launcher ends it sooner."""
 
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 _LOST_PROCESS_MESSAGES = ("peer", "gloo", "nccl", "broken pipe", "tcpstore")
-"""In the messages of PyTorch's errors about a process that is gone; only some of them have a type of their own."""
+"""Parts of PyTorch's messages about a lost process; only some of these errors have a type of their own."""
 
 
 class ReportedElsewhereError(UserError):
-    """What another process tells the user; this one ends without a word."""
+    """An error that another process reports; this one exits silently."""
 
     reported_elsewhere = True
 
 
 def is_launched() -> bool:
-    """Was this process started by `accelerate launch`, `torchrun` or the like?"""
+    """Whether `accelerate launch`, `torchrun` or the like started this process."""
     return all(name in os.environ for name in _LAUNCHED)
 
 
 def world_size() -> int:
-    """How many processes train together; 1 without a launcher."""
+    """The number of processes; 1 without a launcher."""
     return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
 
 
 def rank() -> int:
-    """This process's place among them, from 0."""
+    """This process's rank, from 0."""
     return int(os.environ["RANK"]) if is_launched() else 0
 
 
 def is_first() -> bool:
-    """Is this the process that reads, writes and speaks for all?"""
+    """Whether this process reads, writes and prints for all."""
     return rank() == 0
 
 
 def place() -> str:
-    """How a line begins that one of several processes says for itself alone; nothing for the first."""
+    """The prefix of a message of this process alone; empty for the first."""
     return "" if is_first() else f"process {rank()}: "
 
 
 def check_single_process(what: str) -> None:
-    """Refuses several processes for what is done by one.
-
-    Raises:
-        UserError: if there are several.
-    """
+    """Raises a UserError if there are several processes."""
     if world_size() > 1:
         raise error_once(f"{what} is for one process; start it without a launcher (`train` is what runs on several)")
 
 
 def error_once(message: str) -> UserError:
-    """An error that all processes find by themselves."""
+    """An error that every process raises by itself; only the first reports it."""
     return UserError(message) if is_first() else ReportedElsewhereError(message)
 
 
 def let_the_reporter_exit_first() -> None:
-    """Before a process ends with what another one tells: the first to end has the launcher end all others, and one that
-    has not spoken by then never would."""
+    """Waits before this process exits: the launcher ends all others as soon as one exits."""
     time.sleep(REPORTER_TIME_S)
 
 
 def check_same(settings: dict[str, Any]) -> None:
-    """Refuses processes that differ in what they were given: they would not come to the same steps.
-
-    Raises:
-        UserError: names the first thing in which one differs from the first process.
-    """
+    """Raises a UserError that names the first value in which a process differs from the first one."""
     given = gather([settings])
     for place, theirs in enumerate(given):
         for name, value in given[0].items():
@@ -115,11 +103,7 @@ def check_same(settings: dict[str, Any]) -> None:
 
 @contextmanager
 def local_main_first() -> Iterator[None]:
-    """Around what may fetch or build files: on each machine one process does it, then the others find them.
-
-    Raises:
-        UserError: in all of them, if any has failed.
-    """
+    """Around downloads and builds: one process on each machine goes first, and all raise a UserError if one does."""
     if world_size() == 1:
         yield
         return
@@ -143,7 +127,7 @@ def wait_for_all() -> None:
 
 
 def leave() -> None:
-    """All is done: the processes part."""
+    """Leaves the process group, when all have finished."""
     if world_size() > 1:
         wait_for_all()
         from accelerate import PartialState
@@ -152,12 +136,12 @@ def leave() -> None:
 
 
 def share(count: int) -> slice:
-    """Which of `count` things are this process's; the shares follow each other in the order of the processes."""
+    """This process's share of `count` items: consecutive slices in the order of the ranks."""
     return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
 def gather(items: list[T]) -> list[T]:
-    """The items of all processes, in their order: what JSON can say, and paths."""
+    """The items of all processes, in the order of the ranks: JSON values and paths."""
     if world_size() == 1:
         return items
     return [item for each in _exchange(items) for item in each]
@@ -206,7 +190,7 @@ def on_first_process(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def _exchange(value: Any) -> list[Any]:
-    """What each process says, in their order. As JSON: PyTorch's own way to send objects would pickle them."""
+    """Every process's value, in the order of the ranks; as JSON, since PyTorch's own collective pickles objects."""
     import torch
     import torch.distributed as dist
     from accelerate import PartialState
@@ -224,7 +208,7 @@ def _exchange(value: Any) -> list[Any]:
 
 
 _PATH = "searche1_lite.path"
-"""A name no record of ours has: what stands under it was a path."""
+"""The key that marks a path in JSON; no record uses it."""
 
 
 def _as_json(value: Any) -> dict[str, str]:
@@ -239,9 +223,7 @@ def _from_json(found: dict[str, Any]) -> Any:
 
 @contextmanager
 def fail_together(stop: Stop | None = None) -> Iterator[None]:
-    """Around what each process does by itself, and may break off: then all end it, in the same way.
-
-    One that has failed or is to stop would otherwise leave the others waiting for it.
+    """Around work that each process does alone: if one fails or is interrupted, all raise, and none waits forever.
 
     Raises:
         Interrupted: in all of them, if any was asked to stop.
@@ -263,7 +245,7 @@ def fail_together(stop: Stop | None = None) -> Iterator[None]:
 
 
 def _end_if_failed(failed: UserError | None) -> None:
-    """All processes come here; if any has failed they all end, and the first of those that have says why."""
+    """Raises in all processes if any has failed; the first of those reports its error."""
     found = gather([None if failed is None else (str(failed), failed.exit_code)])
     for place, fault in enumerate(found):
         if fault is not None:
@@ -274,11 +256,7 @@ def _end_if_failed(failed: UserError | None) -> None:
 
 @contextmanager
 def detect_lost_process() -> Iterator[None]:
-    """Around what waits for other processes.
-
-    Raises:
-        UserError: if one of them is gone.
-    """
+    """Around collectives: raises a UserError if another process is lost."""
     try:
         yield
     except RuntimeError as error:
@@ -293,9 +271,9 @@ def detect_lost_process() -> Iterator[None]:
 
 
 def average_gradients(model: "torch.nn.Module") -> None:
-    """Each gradient becomes the mean over the processes; one that no process has stays away.
+    """Averages each gradient over the processes, once a step: they do not have the same number of passes.
 
-    Once a step: the processes do not have the same number of passes, so the gradients of a pass cannot be shared.
+    A parameter without a gradient in any process keeps None.
     """
     if world_size() == 1:
         return
@@ -316,7 +294,6 @@ def average(value: "torch.Tensor") -> "torch.Tensor":
 
 
 def _mean(values: "torch.Tensor") -> "torch.Tensor":
-    """In place."""
     import torch.distributed as dist
 
     with detect_lost_process():
@@ -344,7 +321,7 @@ def _same(value: T, *_: Any, **__: Any) -> T:
 
 
 def merged(parts: Sequence[tuple[dict[str, float], int]]) -> tuple[dict[str, float], int]:
-    """Sums by name, and the number of tokens they are over, of all parts."""
+    """Sums by name and numbers of tokens, added up over the parts."""
     sums: dict[str, float] = {}
     for part, _ in parts:
         for name, value in part.items():

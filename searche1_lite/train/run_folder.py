@@ -1,9 +1,9 @@
-"""A run's folder: what is in it, how it is written, and how a run goes on from it.
+"""A run's folder: its files, how they are written, and how a run resumes from them.
 
-    checkpoints/round1.grpo           the policy as a stage left it; stages are seeded on their own and need no more
-    checkpoints/round2.ofsd.step-20   within a stage: also the optimizer, random states, and the policy as it began
+    checkpoints/round1.grpo           the policy after a stage; stages are seeded by themselves and need no more
+    checkpoints/round2.ofsd.step-20   within a stage: also optimizer, random states, and the policy of its start
 
-Both are adapter folders (safetensors) that are sealed (`sealed_folder.py`): whole, or not taken for whole.
+Both are adapter folders (safetensors), sealed with checksums (`runtime/sealed_folder.py`).
 """
 
 import hashlib
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 KEPT_WITHIN = 2
-"""Checkpoints within a stage that are kept: should the last be damaged, the one before serves."""
+"""Checkpoints within a stage that are kept, in case the last one is damaged."""
 
 _LOCK = ".lock"
 
@@ -68,7 +68,7 @@ class RunFolder:
         self._look()
 
     def _look(self) -> None:
-        """Refuses what is no run, or another one."""
+        """Refuses a folder with another run or other files."""
         path, existing = self.path, self.path / "config.yaml"
         if existing.is_file():
             if not self._resume:
@@ -80,10 +80,10 @@ class RunFolder:
             raise UserError(f"cannot write to the run's folder {path}: {nearest} is a file; choose another --out")
 
     def claim(self) -> None:
-        """Keeps other processes from the run that is there, until `release` or the process's end; `start` does it too.
+        """Locks the run that exists against other processes until `release`; `start` does it too.
 
         Raises:
-            UserError: if another one is at it.
+            UserError: if another process has it.
         """
         if self._lock is not None or not self.path.is_dir() or not is_first():
             return
@@ -97,13 +97,13 @@ class RunFolder:
         self._lock = lock
 
     def release(self) -> None:
-        """Others may go on with it."""
+        """Unlocks it."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def start(self) -> "RunFolder":
-        """Makes what is not there yet. Called when all a run needs is loaded: what fails before leaves no trace.
+        """Creates what is missing. Called when the run has loaded everything, so that earlier errors leave no trace.
 
         Raises:
             UserError: also if another run has been begun there in the meantime.
@@ -142,15 +142,12 @@ class RunFolder:
 
     @on_first_process
     def metrics_size(self) -> int:
-        """Bytes in `metrics.jsonl`; a checkpoint keeps it, for `rewind`."""
+        """Bytes in `metrics.jsonl`, for a later `rewind`."""
         return _size(self.path / "metrics.jsonl")
 
     @on_first_process
     def rewind(self, size: int) -> None:
-        """Cuts `metrics.jsonl` to `size` bytes: what it tells of later steps is about to be done again.
-
-        Reports if there are fewer.
-        """
+        """Cuts `metrics.jsonl` to `size` bytes: later steps are repeated. Reports if there are fewer."""
         _rewind(self.path / "metrics.jsonl", size)
 
     @on_first_process
@@ -160,12 +157,12 @@ class RunFolder:
 
     @on_first_process
     def rewind_trajectories(self, name: str, size: int) -> None:
-        """The same of `trajectories/NAME.jsonl`."""
+        """`rewind` of `trajectories/NAME.jsonl`."""
         _rewind(self.path / "trajectories" / f"{name}.jsonl", size)
 
     @on_first_process
     def save_trajectories(self, name: str, records: list[dict[str, Any]]) -> None:
-        """Writes `trajectories/NAME.jsonl`, over an earlier one."""
+        """Writes or replaces `trajectories/NAME.jsonl`."""
         write_atomically(self.path / "trajectories" / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
 
     @on_first_process
@@ -176,7 +173,7 @@ class RunFolder:
 
     @on_first_process
     def keep_answers(self, name: str, key: str, records: list[dict[str, Any]], seconds: float) -> None:
-        """Writes `trajectories/NAME.jsonl`, to be found again under `key`, which tells what the answers depend on."""
+        """Writes `trajectories/NAME.jsonl` under a `key` that identifies what the answers depend on."""
         answers, note = self._answers(name)
         note.unlink(missing_ok=True)  # it would be about other answers
         self.save_trajectories(name, records)
@@ -189,7 +186,7 @@ class RunFolder:
 
     @on_first_process
     def kept_answers(self, name: str, key: str) -> tuple[list[dict[str, Any]], float] | None:
-        """The answers kept under `key` and their seconds: this run's, else shared ones, which become its own."""
+        """The answers under `key` and their seconds: this run's, or shared ones, which are copied."""
         answers, note = self._answers(name)
         if (found := _read_answers(answers, note, key)) is None and self._shared is not None:
             if not (self._shared / f"{key}.key.json").is_file():
@@ -202,7 +199,7 @@ class RunFolder:
 
     @on_first_process
     def add_answers(self, name: str, key: str, records: list[dict[str, Any]], seconds: float) -> None:
-        """Keeps the next part of what is to become `keep_answers`; `seconds` of all parts so far."""
+        """Saves the next part of what `keep_answers` will save; `seconds` is that of all parts so far."""
         answers, note = self._part(name)
         if _read_answers(answers, note, key) is None:
             answers.unlink(missing_ok=True)
@@ -216,22 +213,21 @@ class RunFolder:
 
     @on_first_process
     def begun_answers(self, name: str, key: str) -> tuple[list[dict[str, Any]], float]:
-        """The parts that are there under `key`, and their seconds."""
+        """The saved parts under `key`, and their seconds."""
         return _read_answers(*self._part(name), key) or ([], 0.0)
 
     def _answers(self, name: str) -> tuple[Path, Path]:
-        """Where whole answers are, and the note about them."""
+        """The files of complete answers and of their key."""
         return self.path / "trajectories" / f"{name}.jsonl", self.path / "trajectories" / f"{name}.key.json"
 
     def _part(self, name: str) -> tuple[Path, Path]:
-        """The same of parts."""
+        """The files of partial answers and of their key."""
         return self.path / "trajectories" / f"{name}.part", self.path / "trajectories" / f"{name}.part.json"
 
     def adopt(self, donor: Path, stages: Sequence[str]) -> None:
-        """Takes over finished `stages` of another run, in their order: by settings and seed they are this run's too.
+        """Copies finished `stages` of another run with the same settings and seed, in their order.
 
-        Does nothing in a run that has a checkpoint of its own. One that has only such as were taken over, because it
-        was killed at it, takes over the rest.
+        Does nothing in a run with a checkpoint of its own; an interrupted copy is continued.
         """
         there = [name for name in stages if (donor / "checkpoints" / name).is_dir()]  # not all, with `keep_stages`
         if (latest := self.latest()) is not None:
@@ -273,10 +269,7 @@ class RunFolder:
 
     @on_first_process
     def save_checkpoint(self, name: str, model: "PeftModel", state: dict[str, Any]) -> None:
-        """The adapter as it stands after stage `name`, and where the run is: `stages`, and `unevaluated` if need be.
-
-        What there is from within that stage is not needed any more, and goes.
-        """
+        """Saves the adapter after stage `name` with the run's state, and drops the checkpoints within that stage."""
         from searche1_lite.policy.adapter import save_adapter
 
         final = self.path / "checkpoints" / name
@@ -286,7 +279,7 @@ class RunFolder:
 
     @on_first_process
     def save_within(self, name: str, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
-        """What `write` puts into a folder, after `step` updates of stage `name`; the last few such are kept."""
+        """Saves what `write` puts into a folder, after `step` updates of stage `name`; the last few are kept."""
         final = self.path / "checkpoints" / f"{name}.step-{step}"
         write_sealed(final, write, state)
         _check_written(final)
@@ -296,19 +289,19 @@ class RunFolder:
 
     @on_first_process
     def drop_within(self, name: str) -> None:
-        """Forgets how far stage `name` was."""
+        """Drops the checkpoints within stage `name`."""
         for _, path in self._within(name):
             remove_sealed(path)
 
     def _within(self, name: str) -> list[tuple[int, Path]]:
-        """Steps and folders of the checkpoints within stage `name`, the first first."""
+        """Steps and folders of the checkpoints within stage `name`, in ascending order."""
         start = f"{name}.step-"
         numbers = ((path.name.removeprefix(start), path) for path in (self.path / "checkpoints").glob("[!.]*"))
         return sorted((int(number), path) for number, path in numbers if number.isdecimal())
 
     @on_first_process
     def update_checkpoint(self, name: str, state: dict[str, Any]) -> None:
-        """Replaces the state of a stage's checkpoint; of the stages before, those not to be kept any more go."""
+        """Replaces the state of a stage's checkpoint, and removes earlier ones by `checkpoint.keep_stages`."""
         update_sealed(self.path / "checkpoints" / name, state)
         _check_written(self.path / "checkpoints" / name)
         self.drop_within(name)  # a kill may have come between the stage's own and this
@@ -322,17 +315,15 @@ class RunFolder:
 
     @on_first_process
     def is_whole(self, name: str) -> bool:
-        """Is there a checkpoint of stage `name`, undamaged?"""
+        """Whether stage `name` has an undamaged checkpoint."""
         return _state_or_none(self.path / "checkpoints" / name) is not None
 
     @on_first_process
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The whole checkpoint that is furthest in the run, and its state; None in a fresh folder.
-
-        Damaged ones are reported.
+        """The furthest undamaged checkpoint and its state; None in a fresh folder. Damaged ones are reported.
 
         Raises:
-            UserError: if there are only damaged ones.
+            UserError: if all are damaged.
         """
         damaged: list[str] = []
         found: list[tuple[tuple[int, int], Path]] = []
@@ -363,7 +354,7 @@ class RunFolder:
 
 
 def check_adapter_folder(folder: Path) -> None:
-    """Refuses a folder without an adapter, or a damaged checkpoint, before the model is loaded for it."""
+    """Refuses a folder without an adapter, or a damaged checkpoint, before the model is loaded."""
     if not (folder / "adapter_config.json").is_file():
         raise no_adapter(folder)
     if (folder / SEAL).is_file():
@@ -374,9 +365,9 @@ def check_adapter_folder(folder: Path) -> None:
 
 
 def _copy(source: Path, to: Path) -> None:
-    """A copy that is there whole or not at all, whoever else writes the same one; where possible it takes no room.
+    """An atomic copy; a hard link where possible.
 
-    None of a run's files is changed in place once it is complete, so both may be the same one; `cut` parts them.
+    A run's complete files are never changed in place; `cut` breaks the link first.
     """
     staging = to.with_name(f".{to.name}.{os.getpid()}.staging")
     staging.unlink(missing_ok=True)
@@ -390,7 +381,7 @@ def _copy(source: Path, to: Path) -> None:
 
 
 def _check_written(folder: Path) -> None:
-    """Reads back what was just written."""
+    """Reads back a checkpoint that was just written."""
     try:
         read_sealed(folder)
     except DamagedError as error:
@@ -400,10 +391,7 @@ def _check_written(folder: Path) -> None:
 
 
 def _read_answers(answers: Path, note: Path, key: str) -> tuple[list[dict[str, Any]], float] | None:
-    """What the note is about, if that is the key and it is as it was written; bytes beyond it do not count.
-
-    Told if it is not: whoever asked has it made again.
-    """
+    """The answers and seconds if the note has this key and the checksum matches; else None, with a notice."""
     try:
         kept = json.loads(note.read_text(encoding="utf-8"))
         if kept["key"] != key:
@@ -419,7 +407,7 @@ def _read_answers(answers: Path, note: Path, key: str) -> tuple[list[dict[str, A
 
 
 def _read_state(folder: Path, files: bool = True) -> dict[str, Any]:
-    """As `read_sealed`; a state that no run can go on from counts as damaged."""
+    """`read_sealed`; a state that no run can resume from counts as damaged."""
     state = read_sealed(folder, files)
     if (wrong := misfit(state)) is not None:
         raise DamagedError(f"{folder / SEAL} does not fit this version ({wrong} is of another form)")
@@ -427,7 +415,7 @@ def _read_state(folder: Path, files: bool = True) -> dict[str, Any]:
 
 
 def _state_or_none(folder: Path) -> dict[str, Any] | None:
-    """The state of a whole checkpoint."""
+    """The state of an undamaged checkpoint, or None."""
     try:
         return _read_state(folder)
     except DamagedError:

@@ -1,15 +1,15 @@
-"""A stage's training as it stands between two optimizer steps: kept on disk, and taken up again bit for bit.
+"""A stage's training between two optimizer steps, saved and restored bit for bit.
 
-A checkpoint within a stage is an adapter folder (`adapter_model.safetensors`: the policy as it stands) with more in it:
+A checkpoint within a stage is an adapter folder (`adapter_model.safetensors`: the current policy) with:
 
-    start/               the policy as the stage began: the reference of GRPO's KL, the teacher of OFSD
-    optimizer.*          the optimizer's moments, and its settings
+    start/               the policy of the stage's start: the reference of GRPO's KL, the teacher of OFSD
+    optimizer.*          the optimizer's moments and settings
     random.*             the states of torch's, CUDA's, numpy's and python's generators
     scheduler.json       of the learning rate
-    trainer_state.json   the Trainer's own: the step, and what it has logged
+    trainer_state.json   the Trainer's step and log
 
-Rollouts are seeded by what they are for and the order of the questions is fixed as the stage begins, so the step is the
-place in the data. No pickle: tensors are safetensors, the rest is JSON.
+Rollouts are seeded by their purpose and the order of questions is fixed, so the step is the position in the data. No
+pickle: tensors are safetensors, the rest is JSON.
 """
 
 import json
@@ -33,13 +33,13 @@ from searche1_lite.runtime.ranks import detect_lost_process
 from searche1_lite.train.run_folder import RunFolder
 
 Resumed = tuple[Path, dict[str, Any]]
-"""A checkpoint within a stage, and what it says about the stage."""
+"""A checkpoint within a stage, and its state."""
 
 _TRAINER_STATE = "trainer_state.json"
 
 
 class Holdable(Protocol):
-    """What has a state that training depends on, in what JSON can say."""
+    """Part of a stage with a JSON state."""
 
     def state(self) -> dict[str, Any]: ...
 
@@ -47,13 +47,13 @@ class Holdable(Protocol):
 
 
 class StageKeeper:
-    """Keeps one stage's training, every so many steps and where it is stopped, and gives it back.
+    """Saves one stage's training every few steps and where it stops, and restores it.
 
     Args:
-        every: optimizer steps between two checkpoints; 0: only where it is stopped.
-        state: what the run's checkpoints hold beside: the summary so far.
-        grown: names of the trajectory files that grow as the stage goes on.
-        resumed: the checkpoint to go on from, and its state; None: the stage begins.
+        every: optimizer steps between two checkpoints; 0: only where it stops.
+        state: the rest of the run's state in its checkpoints: the summary so far.
+        grown: names of the trajectory files that grow during the stage.
+        resumed: the checkpoint to resume from and its state; None: the stage begins.
     """
 
     def __init__(
@@ -74,9 +74,9 @@ class StageKeeper:
         if resumed is not None:
             self.resumed_from, within = resumed
         self.figures: dict[str, Any] = within.get("figures", {})
-        """What the stage has measured so far and wants back when it is resumed."""
+        """Measurements that the stage needs again when it is resumed."""
         self.spent: float = within.get("seconds", 0.0)
-        """Seconds of training before this process took it up."""
+        """Seconds of training before this session."""
         self.steps: int = within.get("step", 0)
         self._parts: dict[str, Holdable] = {}
         self._parts_then: dict[str, Any] = within.get("parts", {})
@@ -90,7 +90,7 @@ class StageKeeper:
 
     @property
     def seconds(self) -> float:
-        """Of training, in all processes that were at it."""
+        """Seconds of training, in all sessions."""
         return self.spent + time.monotonic() - self._began
 
     def once(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class StageKeeper:
         return dict(self.figures[name])
 
     def hold(self, **parts: Holdable) -> None:
-        """Has these parts' state in its checkpoints too, and gives each what it had in the one that it goes on from."""
+        """Includes these parts in its checkpoints, and restores their state."""
         self._parts |= parts
         for name, part in parts.items():
             if name not in self._parts_then:
@@ -117,7 +117,7 @@ class StageKeeper:
                 ) from error
 
     def note(self, step: int) -> None:
-        """The step is done and logged: where everything is, should the next one not come to its end."""
+        """Records the state after a step that is done and logged."""
         self.steps = step
         self._noted = {
             "stage": self._stage,
@@ -132,7 +132,7 @@ class StageKeeper:
         self._random = _random_state()
 
     def save(self, trainer: Trainer) -> None:
-        """Keeps what was noted last; between two steps neither weights nor optimizer change."""
+        """Saves the state that was recorded last; between two steps neither weights nor optimizer change."""
         if self._noted is None:
             return  # nothing was done since the last save
         if trainer.state.global_step != self._noted["step"]:
@@ -158,7 +158,7 @@ class StageKeeper:
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer that a `StageKeeper` keeps, in safetensors and JSON where the Trainer's own checkpoints are pickled."""
+    """A Trainer whose checkpoints are safetensors and JSON in place of pickles."""
 
     keeper: StageKeeper | None = None
 
@@ -183,11 +183,11 @@ class ResumableTrainer(Trainer):
             _set_random_state(load_file(folder / "random.safetensors"), _read_json(folder / "random.json"))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """There is none: bf16 needs no loss scaling."""
+        """bf16 needs no loss scaling."""
 
 
 def train(trainer: ResumableTrainer, keeper: StageKeeper | None) -> None:
-    """Trains from where the stage is. If it is stopped, or ends in what can be mended, the last whole step is kept."""
+    """Trains from the stage's state. If it is stopped or raises a UserError, the last whole step is saved."""
     trainer.keeper = keeper
     source = keeper.resumed_from if keeper is not None else None
     if source is not None:
@@ -202,7 +202,7 @@ def train(trainer: ResumableTrainer, keeper: StageKeeper | None) -> None:
 
 
 def _check_readable(folder: Path) -> None:
-    """Refuses a checkpoint with a file that is no safetensors or no JSON: sound checksums do not tell who wrote it."""
+    """Refuses a checkpoint with an invalid file: sound checksums do not prove who wrote it."""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
             if path.suffix == ".safetensors":
@@ -219,7 +219,7 @@ def _check_readable(folder: Path) -> None:
 
 
 def saving_arguments(keeper: StageKeeper | None) -> dict[str, Any]:
-    """The Trainer's arguments that have to do with saving."""
+    """The Trainer's arguments for saving."""
     if keeper is None or not keeper.every:
         return {"save_strategy": "no"}
     return {"save_strategy": "steps", "save_steps": keeper.every}
@@ -235,7 +235,7 @@ def _copy_of(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def _flat(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by `index.name`, and everything in it that is no tensor."""
+    """An optimizer's state as tensors by `index.name`, and the rest."""
     tensors: dict[str, torch.Tensor] = {}
     rest: dict[str, Any] = {"param_groups": state["param_groups"], "state": {}}
     for index, values in state["state"].items():
