@@ -1,13 +1,13 @@
-"""An evaluation's folder: what is in it, and how an evaluation goes on from it.
+"""An evaluation's folder: its files, and how an evaluation resumes from them.
 
-    config.yaml          the settings, and under `evaluation` what was asked: method, adapter, data
-    trajectories.jsonl   a line an episode: all that was written, asked and found
-    questions.jsonl      a line a question, once it is answered
-    result.json          the figures, once all are
-    .lock                held by the process that is at it
+    config.yaml          the settings, and under `evaluation` the method, adapter and data
+    trajectories.jsonl   a line per episode
+    questions.jsonl      a line per answered question
+    result.json          the figures, once complete
+    .lock                held by the process that evaluates
 
-Both files grow together, in the order of the questions, trajectories first. So the lines of `questions.jsonl` are the
-work that is done, and whatever else an interruption left behind is cut off.
+Both JSONL files grow together in the order of the questions, trajectories first. The lines of `questions.jsonl` are the
+finished work; whatever else an interruption left is cut off.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ class EvaluationFolder:
         self._look()
 
     def _look(self) -> None:
-        """Refuses what is no evaluation, or another one."""
+        """Refuses a folder with another evaluation or other files."""
         path = self.path
         if (path / "config.yaml").is_file():
             settings, there = _read(path)
@@ -69,7 +69,7 @@ class EvaluationFolder:
             raise UserError(f"cannot write to {path}: {nearest} is a file; choose another --out")
 
     def searches(self, fingerprint: str | None) -> None:
-        """Tells which passages are searched, once that is known; looked at by `start`. None where nobody can say."""
+        """Adds the passages' fingerprint, if the retriever has one; checked by `start`."""
         if fingerprint is not None:
             self._asked = self._asked | {"passages": fingerprint}
 
@@ -106,11 +106,11 @@ class EvaluationFolder:
         return done
 
     def release(self) -> None:
-        """Others may go on with it."""
+        """Unlocks it."""
         self._lock.release(force=True)
 
     def add(self, outcomes: Sequence[dict[str, Any]], trajectories: Sequence[dict[str, Any]]) -> None:
-        """Keeps the next questions that are done."""
+        """Saves the next answered questions."""
         _append(self.path / "trajectories.jsonl", trajectories)
         _append(self.path / "questions.jsonl", outcomes)
 
@@ -118,7 +118,7 @@ class EvaluationFolder:
         write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
     def _mend_questions(self) -> list[dict[str, Any]]:
-        """The whole lines of `questions.jsonl`; what follows them is cut off."""
+        """The complete lines of `questions.jsonl`; the rest is cut off."""
         path = self.path / "questions.jsonl"
         done: list[dict[str, Any]] = []
         size = 0
@@ -140,7 +140,7 @@ class EvaluationFolder:
         return done
 
     def _mend_trajectories(self, count: int) -> None:
-        """Cuts `trajectories.jsonl` to the questions that are done."""
+        """Cuts `trajectories.jsonl` to the answered questions."""
         path = self.path / "trajectories.jsonl"
         size = lines = 0
         if path.is_file() and count:
@@ -182,7 +182,7 @@ def _digest(*parts: bytes) -> str:
 
 
 def _read(path: Path) -> tuple[Config, dict[str, Any]]:
-    """The settings of the evaluation that is there, and what it asks beside them."""
+    """The settings of the saved evaluation, and its method, adapter and data."""
     file = path / "config.yaml"
     try:
         saved = read_yaml(file)
@@ -196,7 +196,7 @@ def _read(path: Path) -> tuple[Config, dict[str, Any]]:
 
 
 def _what_counts(config: Config) -> dict[str, Any]:
-    """The settings that answers depend on: those of training do not."""
+    """The settings that affect answers, without those of training."""
     sections = ("seed", "model.", "search.", "protocol.", "engine.")
     return {key: value for key, value in what_counts(config).items() if key.startswith(sections)}
 

@@ -17,7 +17,7 @@ SEAL = "state.json"
 
 
 class DamagedError(Exception):
-    """A sealed folder is not as it was written; says which file, and how."""
+    """A sealed folder has changed; names the file and the change."""
 
 
 def write_sealed(final: Path, write: Callable[[Path], None], state: dict[str, Any]) -> None:
@@ -55,8 +55,8 @@ def write_sealed(final: Path, write: Callable[[Path], None], state: dict[str, An
 
 
 def recover_sealed(parent: Path) -> None:
-    """Puts back each folder in `parent` whose replacing was cut off between its two renames: the new one if that is
-    whole, else the earlier one. Both have names that begin with a dot then, and would be taken for leftovers."""
+    """Restores each folder in `parent` whose replacement was interrupted between its two renames: the new one if it is
+    undamaged, else the earlier one."""
     for earlier in sorted(parent.glob(".*.earlier")):
         final = earlier.with_name(earlier.name[1:].removesuffix(".earlier"))
         if final.exists():
@@ -71,7 +71,7 @@ def recover_sealed(parent: Path) -> None:
 
 
 def update_sealed(folder: Path, state: dict[str, Any]) -> None:
-    """Replaces the state of a folder that is there; its files are taken to be those it was sealed with."""
+    """Replaces the state of a sealed folder, whose files must be unchanged."""
     write_atomically(folder / SEAL, _sealed(state, _read_seal(folder)["files"]))
 
 
@@ -99,7 +99,7 @@ def read_sealed(folder: Path, files: bool = True) -> dict[str, Any]:
 
 
 def remove_sealed(folder: Path) -> None:
-    """Removes it so that no half of it is ever taken for one that is damaged."""
+    """Removes a folder so that an interrupted removal is not mistaken for damage."""
     doomed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -119,8 +119,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def cut(path: Path, size: int) -> None:
-    """Cuts a file to `size` bytes, if it is there and has more. Other names of the same file keep what they have, and
-    share nothing with it any more."""
+    """Cuts a file to `size` bytes if it has more; hard links of the file keep their content."""
     if not path.is_file():
         return
     known = path.stat()
@@ -173,7 +172,7 @@ def _read_seal(folder: Path) -> dict[str, Any]:
 
 
 def _is_inside(name: str, known: Any) -> bool:
-    """Is this a file of the folder, with what `fingerprint` knows of it?"""
+    """Whether the file exists and matches its `fingerprint`."""
     place = PurePosixPath(name)
     inside = not place.is_absolute() and ".." not in place.parts and "\0" not in name
     return inside and isinstance(known, dict) and {"bytes", "sha256"} <= known.keys()

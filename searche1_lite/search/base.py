@@ -1,4 +1,4 @@
-"""What a search engine is to the rest of the project."""
+"""The interface of a search engine."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -17,11 +17,11 @@ def parse_contents(passage_id: str, contents: str, score: float = 0.0) -> Passag
 
 
 MAX_QUERY = 4096
-"""Characters; what comes after is not searched. A term has at least one, so it also bounds Lucene's clauses."""
+"""Characters; the rest is not searched. It also bounds the number of Lucene's clauses."""
 
 
 def clean_query(query: str) -> str:
-    """A query as an engine can take it: text without zero characters; a long one is cut, between words if possible."""
+    """A query without zero characters and lone surrogates; a long one is cut, between words if possible."""
     text = query.encode("utf-8", "replace").decode("utf-8").replace("\0", " ").strip()
     if len(text) <= MAX_QUERY:
         return text
@@ -34,7 +34,7 @@ class Retriever(Protocol):
     """A batch of queries in, ranked passages out."""
 
     name: str
-    """What to print beside an exact-match figure, e.g. `bm25(k1=0.9, b=0.4)`."""
+    """Printed beside exact-match figures, e.g. `bm25(k1=0.9, b=0.4)`."""
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """At most `k` passages for each query, best first; an empty list where nothing matches.
@@ -49,7 +49,7 @@ class Retriever(Protocol):
 
 
 def fingerprint_of(retriever: Retriever) -> str | None:
-    """Tells whether the passages that it searches are the same; None where nobody can say, as of a server's."""
+    """Identifies the searched passages; None if the retriever cannot, such as a server."""
     fingerprint = getattr(retriever, "fingerprint", None)
     return fingerprint if isinstance(fingerprint, str) else None
 

@@ -1,4 +1,4 @@
-"""From the configuration to a search engine: which index is meant, where its text is, and what has to be fetched."""
+"""Opens the configured search engine: its index, the text of its passages, and their downloads."""
 
 import os
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def _open_server(config: SearchConfig, say: Callable[[str], None]) -> HTTPRetrie
 def _find_index(
     name: str, corpus: Path | None, confirm: Callable[[str], bool], progress: Progress
 ) -> tuple[Path, Path | None]:
-    """The index's folder, and the corpus that has its text if it stores none."""
+    """The index's folder, and its corpus if the index stores no text."""
     folder = Path(name)
     if is_lucene_index(folder):
         return folder, corpus

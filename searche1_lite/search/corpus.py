@@ -24,18 +24,18 @@ from searche1_lite.search.folder import SUFFIXES, folder_passages, text_files
 _MAX_ID = 1000
 _NAMED = 5
 _BLANK = "".join(map(chr, range(33)))
-"""What Java's `trim` takes away: Anserini refuses contents that are empty after it."""
+"""The characters that Java's `trim` removes: Anserini refuses contents that are empty after it."""
 _SETTLED = 2.0
-"""Seconds; a file changed so recently could change again without a new time of change."""
+"""Seconds after a change in which another change may keep the modification time."""
 
 
 class _Fault(Exception):
-    """Why a line is no passage."""
+    """The reason why a line is not a passage."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedCorpus:
-    """What the first pass over a corpus found."""
+    """The result of the first pass over a corpus."""
 
     sha256: str
     """Of the content; for a folder also of how it is cut into passages."""
@@ -215,7 +215,7 @@ def _is_unicode(text: str) -> bool:
 
 
 class _Watched(io.RawIOBase):
-    """A file whose bytes are shown to a function as they are read."""
+    """A file that passes the bytes read to a function."""
 
     def __init__(self, path: Path, on_bytes: Callable[[memoryview], None]) -> None:
         self._file, self._on_bytes = path.open("rb", buffering=0), on_bytes
@@ -245,7 +245,7 @@ def open_corpus(corpus: Path, on_bytes: Callable[[memoryview], None]) -> BinaryI
 
 
 def _stamp(corpus: Path) -> tuple[str, float]:
-    """What changes whenever the corpus does, short of reading it; and when it was last changed."""
+    """Changes whenever the corpus does, without reading it; and the time of the last change."""
     files = text_files(corpus) if corpus.is_dir() else [corpus]
     digest, latest = hashlib.sha256(), 0.0
     for path in files:

@@ -21,17 +21,17 @@ from searche1_lite.search.folder import other_files
 from searche1_lite.search.jvm import start_jvm
 
 INDEX_FORMAT = 1
-"""Raised whenever an index built by older code must not be used any more."""
+"""Raised when indexes built by older code must not be used."""
 
 METADATA_FILE = "searche1_index.json"
 _BATCH = 2_000
-"""Passages handed to Lucene at a time, which it spreads over its threads."""
+"""Passages per batch, which Lucene spreads over its threads."""
 _BATCH_CHARACTERS = 8_000_000
-"""Fewer passages at a time where they are as long as this together."""
+"""The most characters per batch."""
 
 
 def index_fingerprint(index: Path) -> str:
-    """Tells whether an index holds the same passages: by its corpus if it was built here, else by its last commit."""
+    """Identifies an index's passages: by its corpus if it was built here, else by its last commit."""
     try:
         digest = read_json(index / METADATA_FILE, "build it again").get("sha256")
     except UserError:
@@ -43,7 +43,7 @@ def index_fingerprint(index: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where indexes are kept: `SEARCHE1_LITE_CACHE`, else `searche1-lite` in the user's cache folder."""
+    """The cache of indexes: `SEARCHE1_LITE_CACHE`, else `searche1-lite` in the user's cache folder."""
     if folder := os.environ.get("SEARCHE1_LITE_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "searche1-lite"
@@ -138,7 +138,7 @@ def _build(
 
 
 def _resume(staging: Path, checked: CheckedCorpus, say: Callable[[str], None]) -> int:
-    """How many passages an earlier build of the same corpus has committed; begins afresh if there are none."""
+    """The passages that an earlier build of the same corpus committed; begins afresh if there are none."""
     index, state = staging / "index", staging / "state.json"
     ours = {"format": INDEX_FORMAT, "sha256": checked.sha256, "passages": checked.passages}
     try:
@@ -158,7 +158,7 @@ def _resume(staging: Path, checked: CheckedCorpus, say: Callable[[str], None]) -
 
 
 def _committed(index: Path) -> int:
-    """Passages in the last commit; 0 where there is none, or none that can be read."""
+    """Passages in the last readable commit, or 0."""
     if not any(index.glob("segments_*")):
         return 0
     from jnius import JavaException, autoclass
@@ -209,7 +209,7 @@ def _index(
 
 
 def _batches(passages: Iterator[tuple[str, str]]) -> Iterator[list[str]]:
-    """Passages as JSON, so many at a time as Lucene's threads can share and the memory can hold."""
+    """Batches of passages as JSON."""
     batch: list[str] = []
     size = 0
     for passage_id, contents in passages:
