@@ -257,3 +257,9 @@ def test_a_question_too_long_for_a_prompt_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match="protocol.max_prompt_tokens=128"):
         run_training(config, RunFolder(tmp_path / "run", config, False), RichTasks(quiet=True))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_that_a_command_raises_shows_its_traceback() -> None:
+    """Also where the tests fork it: else none of them could tell a crash."""
+    shown = run_command("eval", "--preset", "nope", SEARCHE1_LITE_DEBUG="1")
+    assert shown.returncode == 1 and "Traceback (most recent call last)" in shown.stderr
