@@ -2,12 +2,10 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -184,18 +182,6 @@ def test_a_token_is_asked_for_and_shown(crowd: RunningServer, monkeypatch: pytes
     assert HTTPRetriever(crowd.url).search(["capital of Peru"], 1)[0][0].id == "a"
     for worker in children(crowd.process):
         assert not any(TOKEN in argument for argument in worker.cmdline())
-
-
-def test_connections_that_come_together_go_to_both_workers(crowd: RunningServer) -> None:
-    address = ("127.0.0.1", int(crowd.url.rpartition(":")[2]))
-    with ExitStack() as stack:
-        clients = [stack.enter_context(socket.create_connection(address)) for _ in range(8)]
-        for client in clients:
-            client.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-            assert client.recv(64).startswith(b"HTTP/1.1 200")
-        ours = {client.getsockname() for client in clients}
-        held = [sum(one.raddr in ours for one in worker.net_connections("tcp")) for worker in children(crowd.process)]
-    assert sum(held) == 8 and min(held) >= 1, held
 
 
 def test_two_workers_answer_alike_and_a_dead_one_is_replaced(

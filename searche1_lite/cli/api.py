@@ -8,7 +8,7 @@ Arguments that functions share:
     adapter: a folder that `train` wrote, such as `runs/demo/checkpoints/round2.ofsd`; None: the base model alone.
     retriever: your own search engine, used in place of the one in `config.search`.
     out, resume: the output folder, in which nothing is overwritten; `resume` continues what it holds.
-    host, port, token: see `searche1_lite.serve.guards.listen`. Port 0: any free one. An address other than this machine
+    host, port, token: see `searche1_lite.serve.place.listen`. Port 0: any free one. An address other than this machine
         needs a token, by default that of the environment variable SEARCHE1_LITE_TOKEN.
 
 All raise `UserError` for unusable settings, data, adapters, folders and addresses.

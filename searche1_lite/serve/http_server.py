@@ -104,6 +104,7 @@ def new_app(title: str, *, openapi: str | None = None) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
+        _log_failure(request.scope, error)
         return error_response(500, _FAILED)
 
     @app.get(HEALTH)
@@ -233,7 +234,10 @@ def _too_large() -> JSONResponse:
 
 
 def _log_failure(scope: Scope, error: Exception) -> None:
-    """One line on stderr; with SEARCHE1_LITE_DEBUG also the traceback."""
+    """One line on stderr, once per error; with SEARCHE1_LITE_DEBUG also the traceback."""
+    if scope.get("searche1_lite.logged") is error:
+        return
+    scope["searche1_lite.logged"] = error
     if os.environ.get("SEARCHE1_LITE_DEBUG"):
         traceback.print_exception(error)
     method, path = one_line(scope["method"], 20), one_line(scope["path"], 200)

@@ -231,7 +231,7 @@ class _Workers(Multiprocess):
         threads = replace(search, threads=1)  # the cores are used by workers, not by threads
         address = (place.host, place.port, place.token, place.loopback)
         app = partial(_worker_app, threads, address, counters)
-        # A worker accepts one connection at a time, so that connections that come together are spread.
+        # A worker accepts one connection at a time, which spreads those that come together, if not evenly.
         super().__init__(server_config(app, factory=True, workers=counters.workers, backlog=1), [place.bound])
 
     def init_processes(self) -> None:
